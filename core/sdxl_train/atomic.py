@@ -1,0 +1,64 @@
+"""Files that are whole or absent: written beside their final name, synced, renamed, with the directory synced last."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TEMPORARY_PREFIX = ".sdxl-train-"
+TEMPORARY_SUFFIX = ".tmp"
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yields a new, empty file in the directory of `path`; when the block ends, it takes the place of `path`.
+
+    The block writes to the yielded name and closes what it opened. Then: fsync of the file, rename, fsync of the directory. The mode is
+    0666 & ~umask, also where a library replaced the temporary file by one of its own. When the block raises, the temporary file is
+    removed and `path` is as it was.
+
+    The temporary name does not depend on `path`, so it fits wherever `path` does, and does not end like a data file.
+
+    Raises:
+        OSError: from the file system. A failed fsync is final: the old file stays.
+    """
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    # The kernel applies the umask here; asking for the umask itself would change it for all threads.
+    mode = os.fstat(descriptor).st_mode & 0o777
+    os.close(descriptor)
+    try:
+        yield temporary
+        os.chmod(temporary, mode)
+        sync_file(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Waits until the file's bytes are on the disk."""
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Waits until the directory's names are on the disk; systems that cannot open directories are left to themselves."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(directory: Path) -> list[Path]:
+    """Removes what `atomic_file` left in `directory` when a process was killed, and returns the names. Only under the run's lock."""
+    leftovers = sorted(directory.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}"))
+    for leftover in leftovers:
+        leftover.unlink(missing_ok=True)
+    return leftovers

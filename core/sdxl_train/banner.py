@@ -1,0 +1,85 @@
+"""What a run says before step 1 and after its last step: what is really active, in plain lines."""
+
+from __future__ import annotations
+
+from sdxl_train import not_built
+from sdxl_train.config import Settings
+from sdxl_train.run import Run
+
+MAX_BUCKETS_SHOWN = 12
+
+
+def banner(run: Run, settings: Settings) -> str:
+    """Everything that decides what this run does."""
+    keys, values = run.parts.keys, run.config
+    trained = ", ".join(
+        f"{group['name']} ({sum(parameter.numel() for parameter in group['params']):,} parameters, learning rate {group.get('initial_lr', group['lr']):g})"
+        for group in run.optimizer.param_groups
+    )
+    accumulation = keys.gradient_accumulation_steps
+    by_epochs = run.steps_per_epoch * keys.num_train_epochs
+    lines = [
+        f"model: {run.parts.base.path}" + (f", VAE {keys.vae}" if keys.vae else ""),
+        *_data_lines(run),
+        f"steps: {run.num_train_steps} = "
+        + (f"{keys.num_train_epochs} epochs x {run.steps_per_epoch} steps" if by_epochs == run.num_train_steps else "max_train_steps"),
+        f"effective batch: {keys.batch_size * accumulation} = {keys.batch_size} batch_size x {accumulation} accumulation x 1 process",
+        f"trained: {trained}; prediction_type {keys.prediction_type}" + (", zero terminal SNR" if keys.zero_terminal_snr else ""),
+        f"precision: {_precision(run)}; attention: {'sdpa' if keys.sdpa else 'plain'}; device: {run.device}"
+        + ("; gradient checkpointing" if keys.gradient_checkpointing else ""),
+        f"optimizer: {_named(run, 'optimizer_type')}; schedule: {_named(run, 'lr_scheduler')}, warm-up {keys.lr_warmup_steps} steps",
+        f"timesteps: {_named(run, 'timestep_sampler_type')} in [{keys.min_timestep}, {keys.max_timestep}); loss: {_named(run, 'loss_type')}",
+        f"latents: {'encoded before training, kept in memory' if keys.cache_latents else 'encoded in every step'}; flip_aug: {keys.flip_aug}",
+        f"seed: {keys.seed}; random draws depend on seed, epoch, picture and repeat only",
+        f"plugins: {', '.join(plugin.target.name + ' (' + plugin.target.origin + ')' for plugin in _foreign(run)) or 'only built-in ones'}",
+    ]
+    if run.parts.samples:
+        pictures = sum(entry.num_pictures for entry in run.parts.samples)
+        lines.append(f"samples: {pictures} pictures of {values['sample_benchmark']} with {values['sample_sampler']}")
+    off = not_built.counted_as_off(values)
+    if off:
+        lines.append(f"not built yet in this version, counted as off: {', '.join(off)}")
+    return "\n".join(lines)
+
+
+def summary(run: Run) -> str:
+    """How the run ended."""
+    lines = [f"done: {run.step} steps" + (f", stopped by a plugin: {run.stop_reason}" if run.stop_reason else "")]
+    if run.dropped_steps:
+        lines.append(f"{run.dropped_steps} steps were dropped, since their loss was not finite")
+    counts = run.parts.index.summary
+    for number, what in ((counts.missing, "missing"), (counts.bad, "bad and left out"), (counts.without_text, "without any text")):
+        if number:
+            lines.append(f"{number} pictures {what}")
+    lines += [f"saved: {path}" for path in run.saved.values()]
+    return "\n".join(lines)
+
+
+def _data_lines(run: Run) -> list[str]:
+    counts = run.parts.index.summary
+    buckets = sorted(counts.buckets.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{width}x{height}: {number}" for (width, height), number in buckets[:MAX_BUCKETS_SHOWN])
+    more = f" and {len(buckets) - MAX_BUCKETS_SHOWN} smaller ones" if len(buckets) > MAX_BUCKETS_SHOWN else ""
+    return [
+        f"data: {counts.images} pictures, {counts.captioned} captioned, {counts.described} described, {counts.without_text} without text, "
+        f"{counts.missing} missing, {counts.dropped} dropped by num_repeats, {counts.bad} bad and left out",
+        f"buckets: {shown}{more}; {run.num_batches} batches an epoch",
+    ]
+
+
+def _precision(run: Run) -> str:
+    dtype = str(run.dtype).removeprefix("torch.")
+    network = "float32" if dtype == "float32" else f"autocast {dtype}, trained weights float32"
+    return f"{network}, VAE {str(run.vae.dtype).removeprefix('torch.')}"
+
+
+def _named(run: Run, key: str) -> str:
+    """The plugin of a key with the options that were given."""
+    plugin = run.parts.plugins.of_key(key)[0]
+    given = next(choice.options for choice in run.parts.plugins.choices if choice.key == key)
+    options = ", ".join(f"{name} = {value}" for name, value in given.items())
+    return plugin.target.name + (f" ({options})" if options else "")
+
+
+def _foreign(run: Run) -> list:
+    return [plugin for plugin in run.parts.plugins.loaded if not plugin.target.origin.startswith("sdxl-train ")]

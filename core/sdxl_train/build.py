@@ -1,0 +1,161 @@
+"""Puts a run together: everything is checked and read here, before step 1, in the order in which it can fail cheaply."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdxl_train.config import Settings
+from sdxl_train.console import Console, figures_of
+from sdxl_train.data.epoch_plan import num_batches, steps_per_epoch
+from sdxl_train.data.index import Index, build_index
+from sdxl_train.data.latents import EncodedDataset, check_pictures, encode_dataset
+from sdxl_train.data.loader import BatchLoader
+from sdxl_train.diffusion import NoiseSchedule
+from sdxl_train.errors import ConfigError
+from sdxl_train.keys import Config
+from sdxl_train.loss_recorder import LossRecorder
+from sdxl_train.metrics import MetricsReader, Speed
+from sdxl_train.model.attention import set_attention
+from sdxl_train.model.single_file import Checkpoint, load_text_encoders, load_unet, load_vae, open_checkpoint
+from sdxl_train.model.tokenizer import load_tokenizers
+from sdxl_train.run import Parts, Run
+from sdxl_train.sample_benchmark import read_benchmark
+from sdxl_train.stopping import StopRequest
+
+AUTOCAST_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Console, stop: StopRequest) -> Run:
+    """Read the data and the model, encode the latents, and make optimizer, schedule and loader.
+
+    Args:
+        output_dir, log_dir: resolved and made.
+        stop: checked between the long parts.
+    Raises:
+        ConfigError, DataError, CheckpointError: what was given cannot be trained.
+    """
+    keys = settings.config
+    plugins = settings.plugins
+    samples = read_benchmark(Path(keys.sample_benchmark), keys.sample_params, console.warn) if keys.sample_benchmark else []
+    device, dtype = pick_device(keys), AUTOCAST_DTYPES[keys.mixed_precision]
+    base = open_checkpoint(keys.pretrained_model_name_or_path, keys.vae)
+    _refuse_contradicted_marks(base, settings)
+    tokenizer = load_tokenizers(keys.tokenizer_cache_dir, base.path if Path(base.path).is_dir() else None)
+    index = build_index(keys, plugins.hooks, console.warn)
+    stop.check()
+
+    vae = load_vae(base, torch.float32 if keys.no_half_vae else dtype).to(device)  # pyright: ignore[reportArgumentType]
+    vae.requires_grad_(False).eval()
+    unet = load_unet(base, torch.float32)
+    set_attention(unet, vae, "sdpa" if keys.sdpa else "plain")
+    encoded = _encode(index, vae, keys, device, console, stop)
+    unet = unet.to(device).train()  # pyright: ignore[reportArgumentType, reportCallIssue]
+    if keys.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    text_encoders = load_text_encoders(base, dtype)
+    for encoder in text_encoders:
+        encoder.to(device).requires_grad_(False).eval()  # pyright: ignore[reportArgumentType]
+
+    batches = num_batches(index, keys.batch_size)
+    per_epoch = steps_per_epoch(batches, keys.gradient_accumulation_steps, 1)
+    num_steps = min(per_epoch * keys.num_train_epochs, keys.max_train_steps or per_epoch * keys.num_train_epochs)
+    groups: list[dict[str, Any]] = [{"name": "unet", "params": list(unet.parameters()), "lr": keys.learning_rate}]
+    optimizer = plugins.hooks.build_optimizer(param_groups=groups)
+    lr_scheduler = plugins.hooks.build_lr_scheduler(
+        optimizer=optimizer, num_warmup_steps=keys.lr_warmup_steps, num_training_steps=num_steps
+    )
+    store = encoded.latents if encoded else None
+    parts = Parts(
+        keys=keys,
+        plugins=plugins,
+        console=console,
+        stop=stop,
+        base=base,
+        tokenizer=tokenizer,
+        index=index,
+        loader=BatchLoader(index, plugins, keys, store, keys.seed, device),
+        recorder=LossRecorder(keys.loss_recorder_kwargs.gamma, keys.loss_recorder_kwargs.stride),
+        metrics=MetricsReader(lambda metrics: _log(run, metrics)),
+        speed=Speed(),
+        samples=samples,
+    )
+    run = Run(
+        config=settings.values,
+        output_dir=output_dir,
+        log_dir=log_dir,
+        device=device,
+        dtype=dtype,
+        unet=unet,
+        text_encoders=text_encoders,
+        vae=vae,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        noise_scheduler=NoiseSchedule(keys.prediction_type, keys.zero_terminal_snr, device),
+        num_batches=batches,
+        steps_per_epoch=per_epoch,
+        num_train_steps=num_steps,
+        parts=parts,
+    )
+    return run
+
+
+def pick_device(keys: Config) -> torch.device:
+    """The device to train on: CUDA, Apple's GPU, or the CPU.
+
+    Raises:
+        ConfigError: fp16 on the CPU.
+    """
+    name = "cpu"
+    if not keys.cpu:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cpu" and keys.mixed_precision == "fp16":
+        raise ConfigError('mixed_precision = "fp16" needs an accelerator, and none was found; use "bf16" or "no"')
+    return torch.device(name)
+
+
+def _refuse_contradicted_marks(base: Checkpoint, settings: Settings) -> None:
+    """A base that says it predicts velocity, or has zero terminal SNR, is not trained otherwise unless the file says so explicitly."""
+    keys = settings.config
+    for key, mark in (("prediction_type", base.prediction_type), ("zero_terminal_snr", base.zero_terminal_snr)):
+        value = getattr(keys, key)
+        if mark not in (None, value) and value in ("epsilon", False) and key not in settings.given:
+            shown = f'"{mark}"' if isinstance(mark, str) else str(mark).lower()
+            raise ConfigError(
+                f"{base.path} says {key} = {shown}, but the configuration leaves it at its default; "
+                f"set {key} = {shown}, or set the default explicitly to train against the mark"
+            )
+
+
+def _encode(index: Index, vae: Any, keys: Config, device: torch.device, console: Console, stop: StopRequest) -> EncodedDataset | None:
+    """The latents of all pictures; None (after a check of all pictures) where they are encoded in every step."""
+    label = "encoding pictures" if keys.cache_latents else "checking pictures"
+    console.start_progress(label, len(index))
+
+    def on_progress(done: int, total: int) -> None:
+        console.progress(done)
+
+    try:
+        if keys.cache_latents:
+            encoded = encode_dataset(index, vae, keys, device, keys.seed, stop.check, on_progress)
+            bad = encoded.bad
+        else:
+            encoded = None
+            bad = check_pictures(index, keys, stop.check, on_progress)
+    finally:
+        console.end_progress()
+    for image in bad:
+        console.warn(f"left out (bad_images = skip): {image.reason}")
+    if bad:
+        index.leave_out([image.datum for image in bad])
+    return encoded
+
+
+def _log(run: Run, metrics: dict[str, float]) -> None:
+    """The metrics of a step have been read: tell the trackers, move the progress bar."""
+    run.parts.hooks.on_log(run=run, metrics=metrics)
+    parts = run.parts
+    label = f"epoch {int(metrics['epoch'])}/{parts.keys.num_train_epochs} step"
+    parts.console.progress(int(metrics["step"]), label, figures_of(metrics, parts.speed.images_per_s()))

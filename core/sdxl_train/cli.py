@@ -1,0 +1,112 @@
+"""The command line. Everything heavy is imported inside the commands, so that `--help` and configuration errors are instant."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdxl_train.errors import PluginError, SdxlTrainError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Fine-tunes SDXL checkpoints. `sdxl-train FILE.toml` trains; it is short for `sdxl-train train FILE.toml`.",
+)
+plugins_app = typer.Typer(help="Lists the installed plugins.", rich_markup_mode=None)
+app.add_typer(plugins_app, name="plugins")
+
+File = Annotated[Path, typer.Argument(metavar="FILE.toml", help="The configuration.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key of the file; repeatable, dotted for tables.")]
+
+NOT_BUILT = ("cache", "sample", "check", "preview", "ctl")
+
+
+@app.command()
+def train(file: File, settings: Settings = None) -> None:
+    """Train as the file says."""
+    from sdxl_train.config import load_settings
+
+    checked = load_settings(file, settings or ())
+    from sdxl_train.training import run_training
+
+    run_training(checked)
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the demo is written.")] = Path("sdxl-train-demo"),
+    prepare_only: Annotated[bool, typer.Option("--prepare-only", help="Write the files and stop before training.")] = False,
+) -> None:
+    """Write a tiny SDXL, pictures and a configuration, then train on them."""
+    from sdxl_train.demo import run_demo
+
+    run_demo(directory, prepare_only)
+
+
+@app.command()
+def example() -> None:
+    """Print a configuration with every key, its default and a comment."""
+    from sdxl_train.reference import example_toml
+
+    print(example_toml(), end="")
+
+
+@app.command()
+def schema() -> None:
+    """Print a JSON schema of the configuration with the installed plugins, for editors."""
+    import json
+
+    from sdxl_train.reference import json_schema
+
+    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+@plugins_app.callback(invoke_without_command=True)
+def list_plugins(context: typer.Context) -> None:
+    """List the installed plugins by the key that selects them."""
+    if context.invoked_subcommand is None:
+        from sdxl_train.plugin_listing import list_plugins
+
+        print(list_plugins(), end="")
+
+
+@plugins_app.command()
+def info(key: Annotated[str, typer.Argument(metavar="KEY")], name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Show what a plugin does and its options."""
+    from sdxl_train.plugin_listing import plugin_info
+
+    print(plugin_info(key, name), end="")
+
+
+def main() -> None:
+    """The console script. Exit codes: 0 done; 2 found wrong before step 1; 1 another failure; 130, 143, 129 stopped by a signal."""
+    arguments = sys.argv[1:]
+    commands = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands} | {"plugins"}
+    if arguments and arguments[0] in NOT_BUILT:
+        _fail(f"`sdxl-train {arguments[0]}` is not built yet in this version")
+    if arguments and arguments[0] not in commands and arguments[0] not in ("--help", "-h"):
+        arguments = ["train", *arguments]
+    try:
+        app(args=arguments, prog_name="sdxl-train")
+    except PluginError:  # from a running hook; what cannot be loaded is a ConfigError
+        traceback.print_exc()
+        sys.exit(1)
+    except SdxlTrainError as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    from sdxl_train.console import printable
+
+    print(f"sdxl-train: {printable(message)}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

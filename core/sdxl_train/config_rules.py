@@ -1,0 +1,136 @@
+"""The rules that join several keys (errors, exit 2) and the settings that have no effect (warnings)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Values = Mapping[str, Any]
+Rule = tuple[tuple[str, ...], str]
+
+
+def broken_rules(values: Values, bad: set[str], needs: set[str]) -> Iterator[Rule]:
+    """(keys, message) for each broken rule; rules about a key in `bad` are left out, since its value is already refused.
+
+    Args:
+        values: every effective key.
+        needs: what the command works with: "data", "training", "samples".
+    """
+    for rule in (_precision, _steps, _sampling, _inputs):
+        yield from (found for found in rule(values, needs) if not bad & set(found[0]))
+
+
+def warnings(values: Values, given: set[str]) -> Iterator[str]:
+    """One line for each setting that will have no effect, or that is probably a mistake.
+
+    Args:
+        given: the keys that the file or --set names.
+    """
+    for text, holds in _WARNINGS.items():
+        if holds(values, given):
+            yield text
+
+
+def _precision(values: Values, _: set[str]) -> Iterator[Rule]:
+    if values["full_bf16"] and values["full_fp16"]:
+        yield ("full_bf16", "full_fp16"), "full_bf16 and full_fp16 are both true; choose one"
+    for key, precision in (("full_bf16", "bf16"), ("full_fp16", "fp16")):
+        if values[key] and values["mixed_precision"] != precision:
+            yield (key, "mixed_precision"), f'{key} = true needs mixed_precision = "{precision}", got "{values["mixed_precision"]}"'
+    if values["cpu"] and (values["mixed_precision"] == "fp16" or values["full_fp16"]):
+        yield ("cpu", "mixed_precision"), 'cpu = true cannot run mixed_precision = "fp16"; use "bf16" or "no"'
+
+
+def _steps(values: Values, needs: set[str]) -> Iterator[Rule]:
+    low, high = values["min_timestep"], values["max_timestep"]
+    if low >= high:
+        yield ("min_timestep", "max_timestep"), f"min_timestep = {low} must be below max_timestep = {high}"
+    if values["resolution"] < values["bucket_reso_step"]:
+        yield ("resolution", "bucket_reso_step"), (
+            f"resolution = {values['resolution']} must not be below bucket_reso_step = {values['bucket_reso_step']}"
+        )
+    trains_text = values["train_text_encoder"] and any(
+        values["learning_rate"] if values[key] is None else values[key] for key in ("learning_rate_te1", "learning_rate_te2")
+    )
+    if "training" in needs and values["learning_rate"] == 0 and not trains_text and not values["block_lr"]:
+        yield ("learning_rate",), "learning_rate = 0 leaves nothing to train"
+
+
+def _sampling(values: Values, needs: set[str]) -> Iterator[Rule]:
+    if values["sample_benchmark"] is None:
+        for key in ("sample_every_n_epochs", "sample_every_n_steps"):
+            if values.get(key):
+                yield (key, "sample_benchmark"), f"{key} = {values[key]} needs sample_benchmark, the JSON file with what to render"
+        if "samples" in needs:
+            yield ("sample_benchmark",), "sample_benchmark is needed: the JSON file with what to render"
+
+
+def _inputs(values: Values, needs: set[str]) -> Iterator[Rule]:
+    if "data" in needs:
+        if not values["image_dirs"] and not values["metadata_files"]:
+            yield ("image_dirs", "metadata_files"), "image_dirs and metadata_files are both empty: there is nothing to train on"
+        for folder in values["image_dirs"]:
+            if not Path(folder).is_dir():
+                yield ("image_dirs",), f"image_dirs: {folder} is {'not a folder' if Path(folder).exists() else 'missing'}"
+        for file in values["metadata_files"]:
+            if not Path(file).is_file():
+                yield ("metadata_files",), f"metadata_files: {file} is {'not a file' if Path(file).exists() else 'missing'}"
+    for key in ("pretrained_model_name_or_path", "vae"):
+        if values.get(key) and not Path(values[key]).exists():
+            yield (key,), f"{key}: {values[key]} is missing"
+    if values["sample_benchmark"] is not None and not Path(values["sample_benchmark"]).is_file():
+        yield ("sample_benchmark",), f"sample_benchmark: {values['sample_benchmark']} is missing"
+
+
+def _text_rates(values: Values, given: set[str]) -> bool:
+    return not values["train_text_encoder"] and bool({"learning_rate_te1", "learning_rate_te2"} & given)
+
+
+def _adafactor_alone(values: Values) -> bool:
+    options = values["optimizer_kwargs"]
+    return values["optimizer_type"].casefold() == "adafactor" and not options.get("relative_step", False)
+
+
+_WARNINGS: dict[str, Callable[[Values, set[str]], bool]] = {
+    "scale_v_pred_loss_like_noise_pred has no effect with prediction_type = epsilon": lambda v, _: (
+        v["prediction_type"] == "epsilon" and bool(v.get("scale_v_pred_loss_like_noise_pred"))
+    ),
+    "v_pred_like_loss has no effect with prediction_type = v_prediction": lambda v, _: (
+        v["prediction_type"] == "v_prediction" and bool(v.get("v_pred_like_loss"))
+    ),
+    "zero_terminal_snr is meant for v_prediction: an epsilon model learns nothing at SNR 0, and samples keep the plain schedule": lambda v, _: (
+        v["zero_terminal_snr"] and v["prediction_type"] == "epsilon"
+    ),
+    "adaptive_noise_scale has no effect without noise_offset": lambda v, _: (
+        v.get("adaptive_noise_scale") is not None and not v.get("noise_offset")
+    ),
+    "learning_rate_te1 and learning_rate_te2 have no effect without train_text_encoder": _text_rates,
+    "no save trigger is active: this run will save nothing": lambda v, _: (
+        not v["save_model"] or not any(v.get(_SAVE_KEYS.get(name, ""), True) for name in v["save_triggers"])
+    ),
+    "bucket_reso_step is not a multiple of 32; 32 or 64 is recommended": lambda v, _: v["bucket_reso_step"] % 32 != 0,
+    "persistent_data_loader_workers has no effect with max_dataloader_n_workers = 0": lambda v, _: (
+        v["persistent_data_loader_workers"] and v["max_dataloader_n_workers"] == 0
+    ),
+    "max_grad_norm with Adafactor: it clips by itself (clip_threshold); the two add up": lambda v, _: (
+        _adafactor_alone(v) and v["max_grad_norm"] != 0
+    ),
+    "Adafactor with relative_step = false is usually run with lr_scheduler = constant_with_warmup": lambda v, _: (
+        _adafactor_alone(v) and v["lr_scheduler"] != "constant_with_warmup"
+    ),
+    "Adafactor is usually run with clip_threshold = 1": lambda v, _: (
+        _adafactor_alone(v) and v["optimizer_kwargs"].get("clip_threshold", 1.0) != 1.0
+    ),
+    "block_lr is deprecated": lambda v, _: v["block_lr"] is not None,
+    "lr_warmup_steps has no effect with this lr_scheduler": lambda v, given: (
+        v["lr_scheduler"] in ("constant", "piecewise_constant") and "lr_warmup_steps" in given and v["lr_warmup_steps"] != 0
+    ),
+}
+_SAVE_KEYS = {
+    "steps": "save_every_n_steps",
+    "epochs": "save_every_n_epochs",
+    "train_end": "save_on_train_end",
+    "keyboard_interrupt": "save_on_keyboard_interrupt",
+    "exception": "save_on_exception",
+}

@@ -1,0 +1,80 @@
+"""What a person sees: plain lines on stderr, and a progress bar where stderr is a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+PLAIN_INTERVAL_S = 10.0
+
+
+def printable(text: str) -> str:
+    """Text with control characters escaped, so that a caption or a file name cannot command the terminal. Line feeds stay."""
+    return "".join(char if char.isprintable() or char == "\n" else char.encode("unicode_escape", "surrogatepass").decode() for char in text)
+
+
+class Console:
+    """Messages and progress on stderr: without markup, highlighting or hard wrapping; no control sequences unless it is a terminal."""
+
+    def __init__(self) -> None:
+        self._is_terminal = sys.stderr.isatty()
+        self._bar: Any = None
+        self._last_plain = 0.0
+
+    def line(self, text: str) -> None:
+        """Print one message, at once, above the progress bar if there is one."""
+        text = printable(text)
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Print one warning."""
+        self.line(f"warning: {text}")
+
+    def start_progress(self, label: str, total: int, done: int = 0) -> None:
+        """Begin to show how far something is."""
+        self.end_progress()
+        self._label, self._total, self._done = label, total, done
+        self._started, self._from = time.monotonic(), done
+        self._last_plain = time.monotonic()
+        if self._is_terminal:
+            from rich.console import Console as RichConsole
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}", markup=False), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=RichConsole(stderr=True))
+            self._task = self._bar.add_task(label, total=total, completed=done, figures="")
+            self._bar.start()
+
+    def progress(self, done: int, label: str | None = None, figures: str = "") -> None:
+        """Show that `done` of the total are done; without a terminal at most one line per 10 s, and one for the last."""
+        self._done, self._label = done, label or self._label
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, description=self._label, figures=figures)
+        elif time.monotonic() - self._last_plain >= PLAIN_INTERVAL_S or done == self._total:
+            self._last_plain = time.monotonic()
+            self.line(f"{self._label} {done}/{self._total} {figures}{self._remaining()}".rstrip())
+
+    def end_progress(self) -> None:
+        """Take the progress bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _remaining(self) -> str:
+        done, left = self._done - self._from, self._total - self._done
+        if done <= 0 or left <= 0:
+            return ""
+        seconds = int((time.monotonic() - self._started) / done * left)
+        return f", {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
+
+
+def figures_of(metrics: Mapping[str, float], images_per_s: float) -> str:
+    """The three losses and the speed, for the progress line."""
+    losses = ((name, metrics.get(f"{tag}/step")) for name, tag in (("loss", "loss"), ("avr", "loss_avr"), ("ema", "loss_ema")))
+    shown = [f"{name} {value:.4f}" for name, value in losses if value is not None]
+    return ", ".join([*shown, f"{images_per_s:.2f} img/s"])

@@ -1,0 +1,1 @@
+"""The data half: what is trained, in which order, as which tensors."""

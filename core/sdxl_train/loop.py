@@ -1,0 +1,142 @@
+"""The method: one epoch after another, one step after another. Everything a user may vary is asked through a hook."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sdxl_train.data.batches import Batch, to_device
+from sdxl_train.data.epoch_plan import epoch_plan
+from sdxl_train.data.latents import encode_pixels, nonfinite_latents_error
+from sdxl_train.errors import SdxlTrainError
+from sdxl_train.metrics import FiniteCheck
+from sdxl_train.model.sdxl import make_add_time_ids, predict
+from sdxl_train.model.text import encode_prompts
+from sdxl_train.moments import EpochLoss, after_epoch, after_step, before_first_step, current_rates, finish
+from sdxl_train.randomness import StepRandom
+from sdxl_train.run import Run
+
+
+def train(run: Run) -> None:
+    """Train until the last step, a reason to stop, a signal or an exception; what `save_triggers` want is saved in each case."""
+    run.parts.hooks.on_train_start(run=run)
+    with finish(run):
+        before_first_step(run)
+        while run.step < run.num_train_steps:
+            run.epoch += 1
+            run.parts.hooks.on_epoch_start(run=run)
+            if not _train_epoch(run):
+                break
+
+
+def _train_epoch(run: Run) -> bool:
+    """One epoch; False when the training is to stop."""
+    keys, plan = run.parts.keys, epoch_plan(run.parts.index, run.parts.keys.seed, run.epoch, run.parts.keys.batch_size)
+    losses = EpochLoss()
+    batches = run.parts.loader.batches(plan)
+    try:
+        for first in range(0, len(plan), keys.gradient_accumulation_steps):
+            rates = current_rates(run)
+            loss = train_step(run, batches, min(keys.gradient_accumulation_steps, len(plan) - first))
+            losses.add(loss)
+            if after_step(run, loss, rates) or run.step == run.num_train_steps:
+                break
+    finally:
+        batches.close()
+    is_whole = run.step == run.epoch * run.steps_per_epoch
+    return after_epoch(run, losses) if is_whole else False
+
+
+def train_step(run: Run, batches: Iterator[Batch], num_micro_batches: int) -> Tensor | None:
+    """One optimizer step over the next micro-batches of the plan.
+
+    The gradient is the mean over these micro-batches. A step whose loss is not finite changes nothing.
+
+    Returns:
+        The mean of the micro-batch losses, 0-dim float32, detached; None when the step was dropped.
+    """
+    losses, keys_seen, encoded = [], [], []
+    for _ in range(num_micro_batches):
+        run.parts.stop.check()
+        batch = next(batches)
+        keys_seen += batch.keys
+        if batch.pixels is not None:
+            batch.latents, are_finite = encode_pixels(run.vae, batch.pixels, batch.places, run.device)
+            encoded.append(are_finite)
+        loss = training_loss(run, batch)
+        losses.append(loss.detach())
+        mean = torch.stack(losses).mean()
+        finite = FiniteCheck(mean)  # copied before the backward pass is queued, read after: the device never runs dry
+        (loss / num_micro_batches).backward()
+    run.parts.stop.check()
+    run.parts.speed.step_done(len(keys_seen))
+    if not finite.is_finite():
+        run.optimizer.zero_grad(set_to_none=True)
+        if encoded and not (good := torch.cat(encoded)).all():
+            raise nonfinite_latents_error([key for key, is_finite in zip(keys_seen, good.tolist(), strict=True) if not is_finite])
+        _drop(run, keys_seen)
+        return None
+    _update(run)
+    run.dropped_in_a_row = 0
+    return mean
+
+
+def training_loss(run: Run, batch: Batch) -> Tensor:
+    """The loss of a micro-batch: the mean over its samples of loss x weights. 0-dim float32."""
+    keys, hooks, schedule = run.parts.keys, run.parts.hooks, run.noise_scheduler
+    latents = batch.latents
+    assert latents is not None
+    timesteps = hooks.sample_timesteps(
+        batch_size=len(batch),
+        min_timestep=keys.min_timestep,
+        max_timestep=keys.max_timestep,
+        batch=batch,
+        random=StepRandom(batch.places, "sample_timesteps"),
+    )
+    timesteps = to_device(timesteps, run.device)  # [B]
+
+    random = StepRandom(batch.places, "shape_noise", run.device)
+    noise = hooks.shape_noise(noise=batch.noise, latents=latents, timesteps=timesteps, batch=batch, random=random)
+    target = schedule.target(latents, noise, timesteps)  # [B, 4, h, w]
+    random = StepRandom(batch.places, "shape_input_noise", run.device)
+    input_noise = hooks.shape_input_noise(noise=noise, timesteps=timesteps, batch=batch, random=random)
+    noisy_latents = schedule.add_noise(latents, input_noise, timesteps)  # [B, 4, h, w]
+
+    with torch.no_grad():
+        prompt_embeds, pooled = encode_prompts(batch.te1_ids, batch.te2_ids, *run.text_encoders, keys.clip_skip)
+    sizes = (torch.tensor(pairs) for pairs in (batch.original_sizes, batch.crops, batch.target_sizes))
+    time_ids = to_device(make_add_time_ids(*sizes), run.device)  # [B, 6]
+    with run.autocast():
+        model_pred = predict(run.unet, noisy_latents, timesteps, prompt_embeds, pooled, time_ids)
+
+    loss = hooks.compute_loss(model_pred=model_pred.float(), target=target, timesteps=timesteps, batch=batch)  # [B]
+    snr = schedule.snr(timesteps)
+    for factors in hooks.weigh_loss(timesteps=timesteps, snr=snr, prediction_type=keys.prediction_type, batch=batch):
+        loss = loss * factors
+    return loss.mean()
+
+
+def _update(run: Run) -> None:
+    """Clip, update the weights, advance the schedule."""
+    if run.parts.keys.max_grad_norm > 0:
+        trained = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
+        torch.nn.utils.clip_grad_norm_(trained, run.parts.keys.max_grad_norm)
+    run.is_updating = True
+    run.optimizer.step()
+    run.is_updating = False
+    run.lr_scheduler.step()
+    run.optimizer.zero_grad(set_to_none=True)
+
+
+def _drop(run: Run, keys_seen: list[str]) -> None:
+    """Count a step whose loss was not finite; too many in a row end the run."""
+    run.dropped_steps += 1
+    run.dropped_in_a_row += 1
+    run.parts.console.warn(f"step {run.step + 1}: the loss is not finite; the step is dropped ({', '.join(keys_seen)})")
+    if run.dropped_in_a_row >= run.parts.keys.max_nonfinite_steps:
+        raise SdxlTrainError(
+            f"the loss was not finite in {run.dropped_in_a_row} steps in a row (max_nonfinite_steps); "
+            "a lower learning_rate or max_grad_norm = 1.0 may help; the last good weights are kept"
+        )

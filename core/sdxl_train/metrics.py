@@ -1,0 +1,113 @@
+"""Reads the metrics of a step from the device without making the step wait for them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.cuda import Event
+
+MAX_LAG_STEPS = 5
+MAX_LAG_S = 1.0
+SPEED_STEPS = 20
+
+
+@dataclass
+class _Pending:
+    step: int
+    epoch: int
+    time: float
+    floats: dict[str, float]
+    names: list[str]
+    values: Tensor  # [len(names)] float64 on the CPU; complete once `copied` has happened
+    copied: Event | None
+
+
+class MetricsReader:
+    """Takes the metrics of each step and hands them on as floats, in order, as soon as the device has computed them.
+
+    Args:
+        on_read: called with the floats of a step, together with its `step`, `epoch` and `time` (seconds since 1970).
+    """
+
+    def __init__(self, on_read: Callable[[dict[str, float]], None]) -> None:
+        self._on_read = on_read
+        self._pending: deque[_Pending] = deque()
+
+    def push(self, step: int, epoch: int, metrics: Mapping[str, float | Tensor]) -> None:
+        """Start to copy a step's metrics, and hand on those that have arrived or are older than 5 steps and 1 s."""
+        tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+        floats = {name: float(value) for name, value in metrics.items() if not isinstance(value, Tensor)}
+        values, copied = _start_copy(list(tensors.values()))
+        self._pending.append(_Pending(step, epoch, time.time(), floats, list(tensors), values, copied))
+        while self._pending and self._is_due(self._pending[0], step):
+            self._hand_on()
+
+    def flush(self) -> None:
+        """Wait for everything that is still on its way."""
+        while self._pending:
+            self._hand_on()
+
+    def _is_due(self, pending: _Pending, step: int) -> bool:
+        is_old = step - pending.step >= MAX_LAG_STEPS and time.time() - pending.time >= MAX_LAG_S
+        return pending.copied is None or is_old or pending.copied.query()
+
+    def _hand_on(self) -> None:
+        pending = self._pending.popleft()
+        if pending.copied is not None:
+            pending.copied.synchronize()
+        read = dict(zip(pending.names, pending.values.tolist(), strict=True))
+        self._on_read({"step": pending.step, "epoch": pending.epoch, "time": pending.time, **read, **pending.floats})
+
+
+def _start_copy(tensors: list[Tensor]) -> tuple[Tensor, Event | None]:
+    """One copy to the CPU for all of a step's tensors; on CUDA it is only queued, and the event tells when it is done."""
+    if not tensors:
+        return torch.empty(0), None
+    stacked = torch.stack([tensor.detach().double() if tensor.device.type != "mps" else tensor.detach() for tensor in tensors])
+    if stacked.device.type != "cuda":
+        return stacked.cpu(), None
+    values = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
+    values.copy_(stacked, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return values, copied
+
+
+class FiniteCheck:
+    """Whether a step's loss is finite, asked before the backward pass is queued and answered after, without draining the device."""
+
+    def __init__(self, loss: Tensor) -> None:
+        self._value, self._copied = _start_copy([loss.float()])
+
+    def is_finite(self) -> bool:
+        """Wait for the loss alone (not for the backward pass behind it)."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return bool(torch.isfinite(self._value).all())
+
+
+class Speed:
+    """Pictures per second over the last steps."""
+
+    def __init__(self) -> None:
+        self._ends: deque[tuple[float, int]] = deque(maxlen=SPEED_STEPS + 1)
+
+    def step_done(self, num_images: int) -> None:
+        """Count the pictures of a step that has just ended."""
+        total = self._ends[-1][1] if self._ends else 0
+        self._ends.append((time.perf_counter(), total + num_images))
+
+    def images_per_s(self) -> float:
+        """0.0 until two steps have ended."""
+        if len(self._ends) < 2:
+            return 0.0
+        (start, before), (end, after) = self._ends[0], self._ends[-1]
+        return (after - before) / max(end - start, 1e-9)

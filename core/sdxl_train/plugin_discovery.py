@@ -1,0 +1,113 @@
+"""Finds what a TOML value names: an entry point, an import path or a file. Reads metadata only; imports nothing but what is named."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import sys
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from sdxl_train.errors import PluginError
+from sdxl_train.plugin_keys import PluginKey
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a name in the TOML file stands for.
+
+    Attributes:
+        key: the TOML key that names it.
+        name: the name, in the spelling of the entry point (or the import path as written).
+        origin: "distribution version" it came from, or the module or file.
+        value: the class or function itself.
+    """
+
+    key: PluginKey
+    name: str
+    origin: str
+    value: Any
+
+    def __str__(self) -> str:
+        return f'plugin "{self.name}" of {self.key.key} ({self.origin})'
+
+
+class Catalogue:
+    """The entry points of everything installed, read once as metadata."""
+
+    def __init__(self) -> None:
+        self._installed = entry_points()
+
+    def names(self, key: PluginKey) -> list[str]:
+        """The names that a TOML key may have, sorted."""
+        return sorted({point.name for point in self._installed.select(group=key.group)})
+
+    def entry_points(self, key: PluginKey) -> list[EntryPoint]:
+        """Every entry point of a key's group."""
+        return sorted(self._installed.select(group=key.group), key=lambda point: point.name)
+
+    def find(self, key: PluginKey, name: str) -> Target:
+        """Load what `name` stands for under a TOML key.
+
+        Raises:
+            PluginError: nothing has this name, two distributions have it, or it cannot be imported; names the cause.
+        """
+        same = (lambda a, b: a.casefold() == b.casefold()) if key.ignores_case else (lambda a, b: a == b)
+        matches = [point for point in self._installed.select(group=key.group) if same(point.name, name)]
+        if len(matches) > 1:
+            owners = " and ".join(_origin(point) for point in matches)
+            raise PluginError(f'{key.key} = "{name}": {owners} both have this name; uninstall one, or name its import path')
+        if matches:
+            return Target(key, matches[0].name, _origin(matches[0]), _load_entry_point(key, matches[0]))
+        if ":" in name:
+            return Target(key, name, name.partition(":")[0], _load_path(key, name))
+        known = self.names(key)
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f'; did you mean "{near[0]}"?' if near else ""
+        raise PluginError(f'{key.key} = "{name}": no installed plugin has this name{hint} (known: {", ".join(known) or "none"})')
+
+
+def _origin(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+
+
+def _load_entry_point(key: PluginKey, point: EntryPoint) -> Any:
+    try:
+        return point.load()
+    except Exception as error:  # whatever a foreign module raises while it is imported is the cause to show
+        raise PluginError(
+            f'{key.key} = "{point.name}": entry point {point.value} of {_origin(point)} cannot be loaded: {type(error).__name__}: {error}'
+        ) from error
+
+
+def _load_path(key: PluginKey, name: str) -> Any:
+    module_name, _, attribute = name.rpartition(":")
+    try:
+        module = _load_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
+        value = module
+        for part in attribute.split("."):
+            value = getattr(value, part)
+    except Exception as error:  # as above: a user's own file may raise anything
+        raise PluginError(f'{key.key} = "{name}" cannot be loaded: {type(error).__name__}: {error}') from error
+    return value
+
+
+def _load_file(path: Path) -> Any:
+    """Import a Python file under a name of its own, once."""
+    where = str(path.resolve(strict=True))
+    module_name = f"sdxl_train_file_{hashlib.blake2b(where.encode(), digest_size=8).hexdigest()}"
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, where)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[module_name]
+            raise
+    return sys.modules[module_name]

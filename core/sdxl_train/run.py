@@ -1,0 +1,108 @@
+"""A run in progress: what hooks see of it, and the parts the loop works with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    from sdxl_train.console import Console
+    from sdxl_train.data.index import Index
+    from sdxl_train.data.loader import BatchLoader
+    from sdxl_train.diffusion import NoiseSchedule
+    from sdxl_train.hookspecs import HookSpecs
+    from sdxl_train.keys import Config
+    from sdxl_train.loss_recorder import LossRecorder
+    from sdxl_train.metrics import MetricsReader, Speed
+    from sdxl_train.model.single_file import Checkpoint
+    from sdxl_train.model.tokenizer import PromptTokenizer
+    from sdxl_train.plugins import Plugins
+    from sdxl_train.sample_benchmark import SampleEntry
+    from sdxl_train.stopping import StopRequest
+
+
+@dataclass
+class Parts:
+    """What the loop works with besides what hooks see. Not for plugins: it may change with any version."""
+
+    keys: Config
+    plugins: Plugins
+    console: Console
+    stop: StopRequest
+    base: Checkpoint
+    tokenizer: PromptTokenizer
+    index: Index
+    loader: BatchLoader
+    recorder: LossRecorder
+    metrics: MetricsReader
+    speed: Speed
+    samples: list[SampleEntry]
+
+    @property
+    def hooks(self) -> HookSpecs:
+        return self.plugins.hooks
+
+
+@dataclass
+class Run:
+    """A run as hooks see it. They read it and change nothing.
+
+    Attributes:
+        config: every effective key of the TOML file, read-only.
+        output_dir: the resolved project folder.
+        log_dir: `<output_dir>/logs/<time of start>`, where trackers write.
+        device, dtype: where the networks compute, and in which dtype (autocast for trained parts).
+        unet, text_encoders, vae: diffusers' and transformers' modules; trained parts are float32.
+        noise_scheduler: the noise schedule that is trained on.
+        num_batches: micro-batches of an epoch.
+        steps_per_epoch, num_train_steps: optimizer steps of an epoch and of the whole run.
+        is_main_process: whether this process writes files.
+        step: completed optimizer steps, S.
+        epoch: the epoch in progress, E, counted from 1; 0 before the first.
+        dropped_steps, dropped_in_a_row: steps whose loss was not finite.
+        stop_reason: why a plugin ended the training, or None.
+        saved: path by step of what this run has saved.
+    """
+
+    config: Mapping[str, Any]
+    output_dir: Path
+    log_dir: Path
+    device: torch.device
+    dtype: torch.dtype
+    unet: UNet2DConditionModel
+    text_encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
+    vae: AutoencoderKL
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler
+    noise_scheduler: NoiseSchedule
+    num_batches: int
+    steps_per_epoch: int
+    num_train_steps: int
+    parts: Parts = field(repr=False)
+    is_main_process: bool = True
+    step: int = 0
+    epoch: int = 0
+    dropped_steps: int = 0
+    dropped_in_a_row: int = 0
+    stop_reason: str | None = None
+    saved: dict[int, Path] = field(default_factory=dict)
+    is_updating: bool = False  # inside the parameter update: an exception from there leaves weights that must not be saved
+
+    def autocast(self) -> torch.autocast:
+        """The precision context of the U-Net's forward pass; off in float32.
+
+        With gradient checkpointing the weight cache is off: it would keep a second copy of all weights through the forward pass.
+        """
+        import torch
+
+        is_on = self.dtype is not torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=is_on, cache_enabled=not self.parts.keys.gradient_checkpointing)

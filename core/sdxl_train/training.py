@@ -1,0 +1,72 @@
+"""One training from checked settings to the exit code: project folder, signals, banner, loop, summary."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from datetime import datetime
+
+from sdxl_train.banner import banner, summary
+from sdxl_train.config import Settings
+from sdxl_train.console import Console
+from sdxl_train.errors import ConfigError
+from sdxl_train.output_dir import locked_output_dir, prepare_output_dir, resolve_output_dir
+from sdxl_train.stopping import Interrupted, StopRequest, stop_requests
+
+
+def run_training(settings: Settings) -> None:
+    """Train, and leave the process with the code that says how it ended; returns only after a success.
+
+    Raises:
+        SdxlTrainError: found before step 1.
+    """
+    _refuse_several_processes()
+    console = Console()
+    logging.getLogger("sdxl_train").addHandler(_ToConsole(console))
+    for warning in settings.warnings:
+        console.warn(warning)
+    try:
+        with stop_requests() as stop:
+            _train(settings, console, stop)
+    except Interrupted as interrupted:
+        sys.exit(interrupted.exit_code)
+
+
+def _train(settings: Settings, console: Console, stop: StopRequest) -> None:
+    from sdxl_train.build import build_run
+    from sdxl_train.loop import train
+
+    now = datetime.now()
+    output_dir = resolve_output_dir(settings.config.output_dir, now)
+    with locked_output_dir(output_dir, now):
+        console.line(f"output_dir: {output_dir}")
+        log_dir = prepare_output_dir(output_dir, fresh=True, now=now, warn=console.line)
+        stop.writes_into = [output_dir / "models", output_dir / "samples"]
+        run = build_run(settings, output_dir, log_dir, console, stop)
+        console.line(banner(run, settings))
+        console.start_progress("step", run.num_train_steps)
+        try:
+            train(run)
+        except Exception as error:
+            traceback.print_exc()
+            console.line(f"the run failed after step {run.step}: {error}")
+            sys.exit(1)
+        console.line(summary(run))
+
+
+class _ToConsole(logging.Handler):
+    """Shows what the parts log (a tracker that failed, say) as warnings of the run."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.warn(record.getMessage())
+
+
+def _refuse_several_processes() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("training in several processes is not built yet in this version; start sdxl-train alone")

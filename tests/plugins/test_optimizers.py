@@ -1,0 +1,120 @@
+"""The optimizers: one update against its published formula, and options that reach the optimizer."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from sdxl_train_plugins.optimizers import AdaFactor, AdamW
+
+
+def groups(*values: list[list[float]], lr: float = 0.1) -> list[dict[str, Any]]:
+    names = ("unet", "text_encoder1", "text_encoder2")
+    return [{"params": [torch.nn.Parameter(torch.tensor(value))], "lr": lr / (i + 1), "name": names[i]} for i, value in enumerate(values)]
+
+
+def update(optimizer: torch.optim.Optimizer, gradient: list[list[float]]) -> list[torch.Tensor]:
+    for group in optimizer.param_groups:
+        group["params"][0].grad = torch.tensor(gradient)
+    optimizer.step()
+    return [group["params"][0].detach() for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("plugin", [AdamW(AdamW.Options()), AdaFactor(AdaFactor.Options())])
+def test_groups_keep_their_rates_and_names(plugin: AdamW | AdaFactor) -> None:
+    optimizer = plugin.build_optimizer(groups([[1.0]], [[2.0]]))
+    assert [(group["name"], group["lr"]) for group in optimizer.param_groups] == [("unet", 0.1), ("text_encoder1", 0.05)]
+
+
+def test_adamw_decays_and_takes_one_normalised_step() -> None:
+    optimizer = AdamW(AdamW.Options(weight_decay=0.5)).build_optimizer(groups([[1.0, -2.0]], [[1.0, -2.0]]))
+    first, second = update(optimizer, [[0.3, -4.0]])
+    torch.testing.assert_close(first, torch.tensor([[1.0 * 0.95 - 0.1, -2.0 * 0.95 + 0.1]]))  # lr 0.1: the first step is lr * sign
+    torch.testing.assert_close(second, torch.tensor([[1.0 * 0.975 - 0.05, -2.0 * 0.975 + 0.05]]))
+
+
+def test_adamws_options_reach_torch() -> None:
+    options = AdamW.Options(betas=(0.8, 0.9), eps=1e-6, weight_decay=0.0, amsgrad=True, foreach=False)
+    group = AdamW(options).build_optimizer(groups([[1.0]])).param_groups[0]
+    assert {key: group[key] for key in ("betas", "eps", "weight_decay", "amsgrad", "foreach", "fused")} == {
+        "betas": (0.8, 0.9),
+        "eps": 1e-6,
+        "weight_decay": 0.0,
+        "amsgrad": True,
+        "foreach": False,
+        "fused": None,
+    }
+
+
+def test_adamws_options_are_all_arguments_of_torch() -> None:
+    import inspect
+
+    torchs = inspect.signature(torch.optim.AdamW).parameters
+    assert set(AdamW.Options.model_fields) == set(torchs) - {"params", "lr"}
+    defaults = {name: torchs[name].default for name in AdamW.Options.model_fields}
+    assert AdamW.Options().model_dump() == defaults
+
+
+def test_adafactor_takes_the_published_first_step() -> None:
+    gradient = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
+    optimizer = AdaFactor(AdaFactor.Options()).build_optimizer(groups([[0.0, 0.0], [0.0, 0.0]]))
+    (weights,) = update(optimizer, gradient.tolist())
+    squares = gradient.square()  # at step 1 the decay 1 - 1 ** -0.8 is 0: the factored second moment is that of this gradient
+    second_moment = squares.sum(1, keepdim=True) * squares.sum(0, keepdim=True) / squares.sum()
+    step = gradient / second_moment.sqrt()
+    step = step / max(1.0, step.square().mean().sqrt().item())
+    torch.testing.assert_close(weights, -0.1 * step)
+
+
+def test_adafactor_uses_the_given_rate_and_not_one_of_its_own() -> None:
+    small, large = (
+        update(AdaFactor(AdaFactor.Options()).build_optimizer(groups([[1.0, 1.0]], lr=lr)), [[1.0, 2.0]])[0] for lr in (1e-3, 1e-2)
+    )
+    torch.testing.assert_close(10 * (small - 1), large - 1, rtol=1e-3, atol=1e-6)
+
+
+def test_adafactors_scale_parameter_multiplies_by_the_root_mean_square() -> None:
+    plain, scaled = (
+        update(AdaFactor(AdaFactor.Options(scale_parameter=is_on)).build_optimizer(groups([[3.0, 5.0]])), [[1.0, 1.0]])[0]
+        for is_on in (False, True)
+    )
+    start = torch.tensor([[3.0, 5.0]])
+    torch.testing.assert_close(scaled - start, (plain - start) * math.sqrt((9 + 25) / 2))
+
+
+def test_adafactors_first_moment_is_absent_unless_asked_for() -> None:
+    for beta1, has_moment in ((None, False), (0.9, True)):
+        optimizer = AdaFactor(AdaFactor.Options(beta1=beta1)).build_optimizer(groups([[1.0]]))
+        update(optimizer, [[1.0]])
+        assert ("exp_avg" in optimizer.state[optimizer.param_groups[0]["params"][0]]) is has_moment
+
+
+@pytest.mark.parametrize("name", ["relative_step", "warmup_init"])
+def test_adafactors_own_rate_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match="learning_rate"):
+        AdaFactor.Options(**{name: True})
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        (AdamW.Options, {"lr": 1e-3}),
+        (AdamW.Options, {"betas": (0.9, 1.0)}),
+        (AdamW.Options, {"weight_decay": -1.0}),
+        (AdamW.Options, {"fused": True, "foreach": True}),
+        (AdaFactor.Options, {"clip_threshold": 0.0}),
+        (AdaFactor.Options, {"decay_rate": 0.5}),
+        (AdaFactor.Options, {"momentum": 0.9}),
+    ],
+)
+def test_options_that_no_optimizer_takes_are_errors(options: Any, given: dict) -> None:
+    with pytest.raises(ValidationError):
+        options(**given)
+
+
+@pytest.mark.parametrize(("options", "name"), [(AdamW.Options, "betas"), (AdaFactor.Options, "eps")])
+def test_toml_lists_fit_pairs(options: Any, name: str) -> None:
+    assert getattr(options.model_validate_json(f'{{"{name}": [0.5, 0.75]}}', strict=True), name) == (0.5, 0.75)
+    with pytest.raises(ValidationError):
+        options.model_validate_json(f'{{"{name}": [0.5]}}', strict=True)
