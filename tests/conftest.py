@@ -47,8 +47,8 @@ def write_pictures(folder: Path, sizes: dict[str, tuple[int, int]]) -> None:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Ten small pictures in two buckets, with captions."""
-    sizes = {f"square{i}": (64, 64) for i in range(6)} | {f"wide{i}": (96, 64) for i in range(4)}
+    """Ten small pictures with captions: six in the bucket 64x64, four in 96x32 (at resolution 64)."""
+    sizes = {f"square{i}": (64, 64) for i in range(6)} | {f"wide{i}": (128, 48) for i in range(4)}
     write_pictures(tmp_path / "pictures", sizes)
     return tmp_path / "pictures"
 

@@ -6,4 +6,15 @@ from sdxl_train.hookspecs import hookimpl
 from sdxl_train.options import Options, option
 from sdxl_train.run import Run
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "ImageInfo", "Options", "PluginError", "Run", "SdxlTrainError", "hookimpl", "option"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "ImageInfo",
+    "Options",
+    "PluginError",
+    "Run",
+    "SdxlTrainError",
+    "hookimpl",
+    "option",
+]

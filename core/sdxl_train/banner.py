@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sdxl_train import not_built
 from sdxl_train.config import Settings
+from sdxl_train.plugins import Loaded
 from sdxl_train.run import Run
 
 MAX_BUCKETS_SHOWN = 12
@@ -12,10 +15,7 @@ MAX_BUCKETS_SHOWN = 12
 def banner(run: Run, settings: Settings) -> str:
     """Everything that decides what this run does."""
     keys, values = run.parts.keys, run.config
-    trained = ", ".join(
-        f"{group['name']} ({sum(parameter.numel() for parameter in group['params']):,} parameters, learning rate {group.get('initial_lr', group['lr']):g})"
-        for group in run.optimizer.param_groups
-    )
+    trained = ", ".join(_trained_part(group) for group in run.optimizer.param_groups)
     accumulation = keys.gradient_accumulation_steps
     by_epochs = run.steps_per_epoch * keys.num_train_epochs
     lines = [
@@ -28,8 +28,9 @@ def banner(run: Run, settings: Settings) -> str:
         f"precision: {_precision(run)}; attention: {'sdpa' if keys.sdpa else 'plain'}; device: {run.device}"
         + ("; gradient checkpointing" if keys.gradient_checkpointing else ""),
         f"optimizer: {_named(run, 'optimizer_type')}; schedule: {_named(run, 'lr_scheduler')}, warm-up {keys.lr_warmup_steps} steps",
-        f"timesteps: {_named(run, 'timestep_sampler_type')} in [{keys.min_timestep}, {keys.max_timestep}); loss: {_named(run, 'loss_type')}",
-        f"latents: {'encoded before training, kept in memory' if keys.cache_latents else 'encoded in every step'}; flip_aug: {keys.flip_aug}",
+        f"timesteps: {_named(run, 'timestep_sampler_type')} in [{keys.min_timestep}, {keys.max_timestep})",
+        f"loss: {_named(run, 'loss_type')}",
+        f"latents: {'encoded before training, kept in memory' if keys.cache_latents else 'encoded in every step'}; flips: {keys.flip_aug}",
         f"seed: {keys.seed}; random draws depend on seed, epoch, picture and repeat only",
         f"plugins: {', '.join(plugin.target.name + ' (' + plugin.target.origin + ')' for plugin in _foreign(run)) or 'only built-in ones'}",
     ]
@@ -64,7 +65,13 @@ def _data_lines(run: Run) -> list[str]:
         f"data: {counts.images} pictures, {counts.captioned} captioned, {counts.described} described, {counts.without_text} without text, "
         f"{counts.missing} missing, {counts.dropped} dropped by num_repeats, {counts.bad} bad and left out",
         f"buckets: {shown}{more}; {run.num_batches} batches an epoch",
+        f"captions over {run.parts.keys.max_token_length} tokens: {run.parts.long_captions}",
     ]
+
+
+def _trained_part(group: dict[str, Any]) -> str:
+    num_parameters = sum(parameter.numel() for parameter in group["params"])
+    return f"{group['name']} ({num_parameters:,} parameters, learning rate {group.get('initial_lr', group['lr']):g})"
 
 
 def _precision(run: Run) -> str:
@@ -81,5 +88,5 @@ def _named(run: Run, key: str) -> str:
     return plugin.target.name + (f" ({options})" if options else "")
 
 
-def _foreign(run: Run) -> list:
+def _foreign(run: Run) -> list[Loaded]:
     return [plugin for plugin in run.parts.plugins.loaded if not plugin.target.origin.startswith("sdxl-train ")]

@@ -9,6 +9,7 @@ import torch
 
 from sdxl_train.config import Settings
 from sdxl_train.console import Console, figures_of
+from sdxl_train.data.captions import token_report
 from sdxl_train.data.epoch_plan import num_batches, steps_per_epoch
 from sdxl_train.data.index import Index, build_index
 from sdxl_train.data.latents import EncodedDataset, check_pictures, encode_dataset
@@ -20,6 +21,7 @@ from sdxl_train.loss_recorder import LossRecorder
 from sdxl_train.metrics import MetricsReader, Speed
 from sdxl_train.model.attention import set_attention
 from sdxl_train.model.single_file import Checkpoint, load_text_encoders, load_unet, load_vae, open_checkpoint
+from sdxl_train.model.text import check_clip_skip
 from sdxl_train.model.tokenizer import load_tokenizers
 from sdxl_train.run import Parts, Run
 from sdxl_train.sample_benchmark import read_benchmark
@@ -43,6 +45,10 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
     device, dtype = pick_device(keys), AUTOCAST_DTYPES[keys.mixed_precision]
     base = open_checkpoint(keys.pretrained_model_name_or_path, keys.vae)
     _refuse_contradicted_marks(base, settings)
+    check_clip_skip(keys.clip_skip, base.architecture)
+    if samples:
+        # A sampler that cannot do what is asked says so now.
+        plugins.hooks.build_sampler(noise_scheduler=NoiseSchedule(keys.prediction_type, keys.zero_terminal_snr))
     tokenizer = load_tokenizers(keys.tokenizer_cache_dir, base.path if Path(base.path).is_dir() else None)
     index = build_index(keys, plugins.hooks, console.warn)
     stop.check()
@@ -81,6 +87,7 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
         metrics=MetricsReader(lambda metrics: _log(run, metrics)),
         speed=Speed(),
         samples=samples,
+        long_captions=token_report(index, keys.max_token_length, lambda text: len(tokenizer.content_ids(text))),
     )
     run = Run(
         config=settings.values,

@@ -22,7 +22,9 @@ plugins_app = typer.Typer(help="Lists the installed plugins.", rich_markup_mode=
 app.add_typer(plugins_app, name="plugins")
 
 File = Annotated[Path, typer.Argument(metavar="FILE.toml", help="The configuration.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key of the file; repeatable, dotted for tables.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key of the file; repeatable, dotted for tables.")
+]
 
 NOT_BUILT = ("cache", "sample", "check", "preview", "ctl")
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from sdxl_train import config_rules, not_built
 from sdxl_train.errors import ConfigError, PluginError
 from sdxl_train.keys import Config
-from sdxl_train.options import Options, flat_keys, option_aliases
+from sdxl_train.options import Options, flat_keys, option_aliases, resolve_aliases
 from sdxl_train.plugin_discovery import Catalogue
 from sdxl_train.plugin_keys import PLUGIN_KEYS, PluginKey
 from sdxl_train.plugins import Choice, Plugins, options_of
@@ -122,6 +122,7 @@ class _Check:
 
     def _refuse_values_of_no_option(self) -> None:
         """TOML has values that no option takes: dates, nan and inf, integers beyond 64 bits."""
+
         def walk(value: Any, path: KeyPath) -> None:
             if isinstance(value, dict):
                 for name, inner in value.items():
@@ -166,7 +167,9 @@ class _Check:
         names = [given] if isinstance(given, str) and key.shape != "list" else given
         is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
         if not is_list or (isinstance(given, list) and key.shape == "name"):
-            expected = {"name": "a plugin name", "list": "a list of plugin names", "name or list": "a plugin name or a list of them"}[key.shape]
+            expected = {"name": "a plugin name", "list": "a list of plugin names", "name or list": "a plugin name or a list of them"}[
+                key.shape
+            ]
             self._problem((key.key,), f"{key.key} must be {expected}, got {show(given)}")
             return []
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -197,7 +200,7 @@ class _Check:
             if owner is None:
                 self._unknown((name,), known)
             elif owner.key.kind == "pick" or value == owner.model.model_fields[name].get_default(call_default_factory=True):
-                self.unused[name] = f"{name} has no effect: it belongs to {owner.key.key} = \"{owner.name}\", which this file does not use"
+                self.unused[name] = f'{name} has no effect: it belongs to {owner.key.key} = "{owner.name}", which this file does not use'
                 self._validate(owner.model, {name: value}, lambda path: path)
             else:
                 self._problem((name,), f'{name} belongs to the plugin "{owner.name}", which {owner.key.key} does not name')
@@ -217,12 +220,13 @@ class _Check:
         return [f"{self.source.where((name,))}: {text}" for name, text in self.unused.items()]
 
     def _unknown(self, path: KeyPath, known: Iterable[str]) -> None:
-        near = difflib.get_close_matches(path[-1], list(known), 1)
+        name = path[len(path) - 1]
+        near = difflib.get_close_matches(name, list(known), 1)
         inside = f" in [{'.'.join(path[:-1])}]" if len(path) > 1 else ""
         hint = f'; did you mean "{near[0]}"?' if near else ""
-        if len(path) > 1 and self._is_top_level(path[-1]):
+        if len(path) > 1 and self._is_top_level(name):
             hint = "; it is a top-level key: move it above the first [table], since TOML puts what follows into the table"
-        self._problem(path, f'unknown key "{show(path[-1])[1:-1]}"{inside}{hint}')
+        self._problem(path, f'unknown key "{show(name)[1:-1]}"{inside}{hint}')
 
     def _is_top_level(self, name: str) -> bool:
         return name in Config.model_fields or name in PLUGIN_KEYS or self._unselected_owner(name) is not None
@@ -251,6 +255,11 @@ class _Check:
         for name in flat & set(plugin.options):
             self._problem((*table_path, name), f"{name} is a top-level key: move it out of [{'.'.join(table_path)}]")
         own = {name: value for name, value in plugin.options.items() if name not in flat}
+        try:
+            own = resolve_aliases(plugin.model, own)
+        except ValueError as error:
+            self._problem(table_path, str(error))
+            own = {}
         given = {**own, **{name: self.data[name] for name in flat if name in self.data}}
         valid = self._validate(plugin.model, given, lambda path: path if path and path[0] in flat else (*table_path, *path))
         plugin.options = {name: value for name, value in given.items() if name in valid}
@@ -275,7 +284,7 @@ class _Check:
             for path, errors in wrong.items():
                 self._report(model, where(path) or where(()), path, errors)
             bad = {path[0] for path in wrong if path}
-            rest = {name: value for name, value in clean.items() if name not in bad and not (() in wrong)}
+            rest = {name: value for name, value in clean.items() if name not in bad and () not in wrong}
             if model is Config:
                 rest = {**{name: _ABSENT[name] for name in bad & set(_ABSENT)}, **rest}
                 checked = model.model_validate_json(json.dumps(rest, default=str), strict=True)

@@ -47,8 +47,9 @@ def _steps(values: Values, needs: set[str]) -> Iterator[Rule]:
     if low >= high:
         yield ("min_timestep", "max_timestep"), f"min_timestep = {low} must be below max_timestep = {high}"
     if values["resolution"] < values["bucket_reso_step"]:
-        yield ("resolution", "bucket_reso_step"), (
-            f"resolution = {values['resolution']} must not be below bucket_reso_step = {values['bucket_reso_step']}"
+        yield (
+            ("resolution", "bucket_reso_step"),
+            (f"resolution = {values['resolution']} must not be below bucket_reso_step = {values['bucket_reso_step']}"),
         )
     trains_text = values["train_text_encoder"] and any(
         values["learning_rate"] if values[key] is None else values[key] for key in ("learning_rate_te1", "learning_rate_te2")
@@ -99,7 +100,7 @@ _WARNINGS: dict[str, Callable[[Values, set[str]], bool]] = {
     "v_pred_like_loss has no effect with prediction_type = v_prediction": lambda v, _: (
         v["prediction_type"] == "v_prediction" and bool(v.get("v_pred_like_loss"))
     ),
-    "zero_terminal_snr is meant for v_prediction: an epsilon model learns nothing at SNR 0, and samples keep the plain schedule": lambda v, _: (
+    "zero_terminal_snr is meant for v_prediction: epsilon learns nothing at SNR 0, and samples keep the plain schedule": lambda v, _: (
         v["zero_terminal_snr"] and v["prediction_type"] == "epsilon"
     ),
     "adaptive_noise_scale has no effect without noise_offset": lambda v, _: (

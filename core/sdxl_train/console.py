@@ -45,7 +45,13 @@ class Console:
             from rich.console import Console as RichConsole
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}", markup=False), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}", markup=False),
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, console=RichConsole(stderr=True))
             self._task = self._bar.add_task(label, total=total, completed=done, figures="")
             self._bar.start()

@@ -10,6 +10,7 @@ from torch import Tensor
 from sdxl_train.data.batches import Batch, to_device
 from sdxl_train.data.epoch_plan import epoch_plan
 from sdxl_train.data.latents import encode_pixels, nonfinite_latents_error
+from sdxl_train.data.loader_processes import WorkerDiedError
 from sdxl_train.errors import SdxlTrainError
 from sdxl_train.metrics import FiniteCheck
 from sdxl_train.model.sdxl import make_add_time_ids, predict
@@ -57,30 +58,31 @@ def train_step(run: Run, batches: Iterator[Batch], num_micro_batches: int) -> Te
     Returns:
         The mean of the micro-batch losses, 0-dim float32, detached; None when the step was dropped.
     """
-    losses, keys_seen, encoded = [], [], []
+    batch_losses: list[Tensor] = []
+    keys_seen: list[str] = []
+    encoded: list[tuple[Batch, Tensor]] = []  # batches encoded in this step, and whether each of their latents is finite
+    finite = None
     for _ in range(num_micro_batches):
         run.parts.stop.check()
-        batch = next(batches)
+        batch = _next_batch(run, batches)
         keys_seen += batch.keys
         if batch.pixels is not None:
             batch.latents, are_finite = encode_pixels(run.vae, batch.pixels, batch.places, run.device)
-            encoded.append(are_finite)
+            encoded.append((batch, are_finite))
         loss = training_loss(run, batch)
-        losses.append(loss.detach())
-        mean = torch.stack(losses).mean()
-        finite = FiniteCheck(mean)  # copied before the backward pass is queued, read after: the device never runs dry
+        batch_losses.append(loss.detach())
+        finite = FiniteCheck(torch.stack(batch_losses))  # copied before the backward pass is queued, read after it
         (loss / num_micro_batches).backward()
     run.parts.stop.check()
     run.parts.speed.step_done(len(keys_seen))
-    if not finite.is_finite():
+    if finite is None or not finite.is_finite():
         run.optimizer.zero_grad(set_to_none=True)
-        if encoded and not (good := torch.cat(encoded)).all():
-            raise nonfinite_latents_error([key for key, is_finite in zip(keys_seen, good.tolist(), strict=True) if not is_finite])
+        _refuse_nonfinite_latents(run, encoded)
         _drop(run, keys_seen)
         return None
     _update(run)
     run.dropped_in_a_row = 0
-    return mean
+    return torch.stack(batch_losses).mean()
 
 
 def training_loss(run: Run, batch: Batch) -> Tensor:
@@ -116,6 +118,21 @@ def training_loss(run: Run, batch: Batch) -> Tensor:
     for factors in hooks.weigh_loss(timesteps=timesteps, snr=snr, prediction_type=keys.prediction_type, batch=batch):
         loss = loss * factors
     return loss.mean()
+
+
+def _next_batch(run: Run, batches: Iterator[Batch]) -> Batch:
+    try:
+        return next(batches)
+    except WorkerDiedError:
+        run.parts.stop.check()  # a launcher's signal reaches the loader processes too: their death is part of the request to stop
+        raise
+
+
+def _refuse_nonfinite_latents(run: Run, encoded: list[tuple[Batch, Tensor]]) -> None:
+    index = run.parts.index
+    paths = [index.image_path(batch.data[row]) for batch, finite in encoded for row, good in enumerate(finite.tolist()) if not good]
+    if paths:
+        raise nonfinite_latents_error(paths)
 
 
 def _update(run: Run) -> None:

@@ -82,16 +82,16 @@ def _start_copy(tensors: list[Tensor]) -> tuple[Tensor, Event | None]:
 
 
 class FiniteCheck:
-    """Whether a step's loss is finite, asked before the backward pass is queued and answered after, without draining the device."""
+    """Whether a step's losses are finite, asked before the backward pass is queued and answered after, without draining the device."""
 
-    def __init__(self, loss: Tensor) -> None:
-        self._value, self._copied = _start_copy([loss.float()])
+    def __init__(self, losses: Tensor) -> None:
+        self._value, self._copied = _start_copy([torch.isfinite(losses).all().float()])
 
     def is_finite(self) -> bool:
-        """Wait for the loss alone (not for the backward pass behind it)."""
+        """Wait for the losses alone (not for the backward pass behind them)."""
         if self._copied is not None:
             self._copied.synchronize()
-        return bool(torch.isfinite(self._value).all())
+        return bool(self._value.all())
 
 
 class Speed:

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
 from sdxl_train.errors import ConfigError
 from sdxl_train.hookspecs import Moment
-from sdxl_train.model.saving import file_markers, file_metadata, save_checkpoint
+from sdxl_train.model.saving import NotSavedError, file_markers, file_metadata, save_checkpoint
 from sdxl_train.run import Run
 from sdxl_train.sample_round import render_training_round
 from sdxl_train.stopping import Interrupted
@@ -40,7 +41,11 @@ class EpochLoss:
 def before_first_step(run: Run) -> None:
     """A fresh run with an active sample trigger shows what the base model draws, in `samples/step_0/` whichever trigger it is."""
     hooks = run.parts.hooks
-    if run.step == 0 and run.parts.samples and (hooks.should_sample(run=run, moment="step") or hooks.should_sample(run=run, moment="epoch")):
+    if (
+        run.step == 0
+        and run.parts.samples
+        and (hooks.should_sample(run=run, moment="step") or hooks.should_sample(run=run, moment="epoch"))
+    ):
         _sample(run, "step")
 
 
@@ -120,7 +125,7 @@ def _save_if_wanted(run: Run, moment: Moment, is_last: bool = False) -> None:
     run.parts.metrics.flush()
     try:
         path = save_model(run)
-    except OSError as error:
+    except NotSavedError as error:
         if is_last:
             raise
         run.parts.console.warn(f"saving at step {run.step} failed, and will be tried again at the next trigger: {error}")
@@ -134,7 +139,7 @@ def save_model(run: Run) -> Path:
     """Write the model as it is after `run.step` steps and return its path.
 
     Raises:
-        OSError: from the file system; nothing is left behind.
+        NotSavedError: the disk refused; nothing is left behind.
         CheckpointError: weights that are not finite.
         ConfigError: two plugins gave the same metadata entry.
     """
@@ -149,7 +154,8 @@ def save_model(run: Run) -> Path:
         title=keys.output_name,
         resolution=keys.resolution,
     )
-    for entries in run.parts.hooks.checkpoint_metadata(run=run):
+    answers = cast(list[dict[str, str]], run.parts.hooks.checkpoint_metadata(run=run))  # a collect: one answer a plugin
+    for entries in answers:
         twice = metadata.keys() & entries.keys()
         if twice:
             raise ConfigError(f"checkpoint_metadata: two plugins, or a plugin and the trainer, give {', '.join(sorted(twice))}")

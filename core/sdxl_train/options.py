@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Options(BaseModel):
@@ -12,20 +12,6 @@ class Options(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _resolve_aliases(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        resolved = dict(values)
-        for name, aliases in option_aliases(cls).items():
-            given = [spelling for spelling in (name, *aliases) if spelling in values]
-            if len(given) > 1:
-                raise ValueError(f"{' and '.join(given)} are names of one option; give one of them")
-            if given and given[0] != name:
-                resolved[name] = resolved.pop(given[0])
-        return resolved
 
 
 def option(default: Any, help: str, *, zh: str = "", flat: bool = False, aliases: tuple[str, ...] = (), **bounds: Any) -> Any:
@@ -58,6 +44,22 @@ def flat_keys(options: type[BaseModel]) -> set[str]:
 def option_aliases(options: type[BaseModel]) -> dict[str, list[str]]:
     """The further spellings of each option that has some."""
     return _declared(options, "aliases")
+
+
+def resolve_aliases(options: type[BaseModel], given: dict[str, Any]) -> dict[str, Any]:
+    """What was given, under the options' own names.
+
+    Raises:
+        ValueError: two spellings of one option are given.
+    """
+    resolved = dict(given)
+    for name, aliases in option_aliases(options).items():
+        spellings = [spelling for spelling in (name, *aliases) if spelling in given]
+        if len(spellings) > 1:
+            raise ValueError(f"{' and '.join(spellings)} are names of one option; give one of them")
+        if spellings:
+            resolved[name] = resolved.pop(spellings[0])
+    return resolved
 
 
 def option_help(options: type[BaseModel], name: str, language: str = "en") -> str:

@@ -220,11 +220,12 @@ _CHAINED: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 def _make(choice: Choice, target: Target, seed: int) -> Loaded:
     """Instantiate a plugin with its validated options."""
     model = options_of(target)
-    options = model(**choice.options) if model is not None else None
-    if not inspect.isclass(target.value):
+    options = model.model_validate(dict(choice.options)) if model is not None else None
+    make: Callable[..., Any] = target.value
+    if not inspect.isclass(make):
         return Loaded(target, FunctionPlugin(target, options, seed))
     try:
-        return Loaded(target, target.value(options) if options is not None else target.value())
+        return Loaded(target, make(*([options] if options is not None else [])))
     except SdxlTrainError:
         raise
     except Exception as error:
@@ -246,10 +247,19 @@ def _implementations(plugin: Loaded) -> list[_Implementation]:
         owner = key_of_hook(hook)
         if owner is not None and owner is not target.key:
             raise PluginError(f"{target} answers {hook}, which belongs to {owner.key}: name the plugin there, or make it a wrapper")
-        found.append(_Implementation(plugin, hook, _with_wanted(getattr(instance, name)), {"tryfirst": opts.get("tryfirst", False), "trylast": opts.get("trylast", False)}))
+        found.append(
+            _Implementation(
+                plugin,
+                hook,
+                _with_wanted(getattr(instance, name)),
+                {"tryfirst": opts.get("tryfirst", False), "trylast": opts.get("trylast", False)},
+            )
+        )
     wanted = target.key.hooks if target.key.key != "plugins" else tuple(hooks)
-    if not hooks or not any(implementation.hook in wanted for implementation in found) and target.key.key != "plugins":
-        raise PluginError(f"{target} answers none of the hooks of {target.key.key}: {', '.join(target.key.hooks)} (is it marked @hookimpl?)")
+    if not hooks or (not any(implementation.hook in wanted for implementation in found) and target.key.key != "plugins"):
+        raise PluginError(
+            f"{target} answers none of the hooks of {target.key.key}: {', '.join(target.key.hooks)} (is it marked @hookimpl?)"
+        )
     return found
 
 
@@ -321,7 +331,9 @@ class _WrapperCheck:
             wrong = f"expected a list, got {type(answer).__name__}" if not isinstance(answers, list) else None
             wrong = wrong or next((found for one in answers if (found := wrong_answer(hook, one, arguments))), None)
             if wrong:
-                outcome.force_exception(PluginError(f"a wrapper of {hook} ({', '.join(self._by_hook[hook])}) spoils its answer{_place(arguments)}: {wrong}"))
+                outcome.force_exception(
+                    PluginError(f"a wrapper of {hook} ({', '.join(self._by_hook[hook])}) spoils its answer{_place(arguments)}: {wrong}")
+                )
 
     def _culprit(self, error: BaseException, hook: str) -> str:
         frame, culprit = error.__traceback__, None

@@ -92,6 +92,12 @@ class StepRandom:
         one._generators = [self._generator(i)]
         return one
 
+    def cpu(self) -> StepRandom:
+        """The same stream with its tensors on the CPU, for draws that the host needs (sizes, say); it goes on where this one is."""
+        here = StepRandom(self._places, self._name)
+        here._generators = self._generators
+        return here
+
     def stream(self, name: str) -> StepRandom:
         """An independent stream; asking again for a name goes on in the same stream."""
         if name not in self._streams:

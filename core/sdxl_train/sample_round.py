@@ -93,8 +93,9 @@ def render_round(
                         done.num_failed += 1
                     finished += 1
         except Exception:  # sampling is a side job: whatever it meets, the training goes on
-            logger.exception("sample entry %d failed; %d of its %d pictures are missing", i, entry.num_pictures - finished, entry.num_pictures)
-            done.num_failed += entry.num_pictures - finished
+            missing = entry.num_pictures - finished
+            logger.exception("sample entry %d failed; %d of its %d pictures are missing", i, missing, entry.num_pictures)
+            done.num_failed += missing
     if models.device.type == "cuda":
         torch.cuda.empty_cache()  # blocks of the pictures' sizes, of no use to the training
     return done
@@ -161,7 +162,7 @@ def _step_writer(
 
 def _write(picture: Picture, path: Path, i: int, parameters: str) -> bool:
     if picture.image is None:
-        logger.error("sample entry %d, picture %d (seed %d) is not written to %s: %s", i, picture.b, picture.seed, path.name, picture.problem)
+        logger.error("sample entry %d, picture %d (seed %d): %s is not written: %s", i, picture.b, picture.seed, path.name, picture.problem)
         return False
     write_png(path, picture.image, parameters)
     return True

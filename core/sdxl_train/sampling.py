@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sdxl_train.model.sdxl import Condition, condition, decode_latents, make_add_time_ids, nonfinite_samples, predict
+from sdxl_train.model.sdxl import decode_latents, make_add_time_ids, nonfinite_samples, predict
+from sdxl_train.model.text import encode_prompts
 from sdxl_train.sample_benchmark import SampleEntry
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from PIL.Image import Image
 
     from sdxl_train.model.tokenizer import PromptTokenizer
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 LATENT_CHANNELS = 4
 LATENT_PX = 8  # a latent is 8 x 8 px
 
-AUTOCAST_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 @dataclass(frozen=True)
 class SampleModels:
@@ -35,7 +34,7 @@ class SampleModels:
 
     Attributes:
         device: where to render; networks that are elsewhere are brought there for the time.
-        autocast_dtype: dtype of autocast; None: none.
+        dtype: of autocast; float32: none.
         no_half_vae: decode without autocast.
     """
 
@@ -46,7 +45,7 @@ class SampleModels:
     device: torch.device
     max_token_length: int
     clip_skip: int
-    autocast_dtype: torch.dtype | None = None
+    dtype: torch.dtype = torch.float32
     no_half_vae: bool = False
 
     @classmethod
@@ -60,7 +59,7 @@ class SampleModels:
             device=run.device,
             max_token_length=run.config["max_token_length"],
             clip_skip=run.config["clip_skip"],
-            autocast_dtype=AUTOCAST_DTYPES[run.config["mixed_precision"]],
+            dtype=run.dtype,
             no_half_vae=run.config["no_half_vae"],
         )
 
@@ -69,7 +68,18 @@ class SampleModels:
         return (self.unet, *self.text_encoders, self.vae)
 
     def autocast(self, enabled: bool = True) -> torch.autocast:
-        return torch.autocast(self.device.type, self.autocast_dtype, enabled and self.autocast_dtype is not None)
+        """The precision context of one call. Without the weight cache, which would keep a second copy of all weights through it."""
+        is_on = enabled and self.dtype is not torch.float32
+        return torch.autocast(self.device.type, self.dtype if is_on else None, enabled=is_on, cache_enabled=False)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the U-Net is told: prompt_embeds [rows, 75 n + 2, width], pooled_prompt_embeds [rows, projection], add_time_ids [rows, 6]."""
+
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor
+    add_time_ids: Tensor
 
 
 @dataclass(frozen=True)
@@ -127,7 +137,7 @@ def render_batch(
 
 
 def _told(entry: SampleEntry, models: SampleModels) -> Condition:
-    """What the U-Net is told of one picture: the row of the prompt, after that of the negative prompt where there is guidance. 1 or 2 rows."""
+    """What the U-Net is told of one picture: a row of the negative prompt where there is guidance, then one of the prompt."""
     prompts = [entry.negative_prompt, entry.prompt] if entry.scale > 1 else [entry.prompt]
     chunks = [models.tokenizer.tokenize(prompt, models.max_token_length)[:2] for prompt in prompts]
     ids_te1, ids_te2 = (torch.tensor(ids, device=models.device) for ids in zip(*chunks, strict=True))  # [1 or 2, n, 77]
@@ -135,7 +145,8 @@ def _told(entry: SampleEntry, models: SampleModels) -> Condition:
     sizes = [(original_height, original_width), (0, 0), (entry.height, entry.width)]
     add_time_ids = make_add_time_ids(*(torch.tensor([size] * len(prompts), device=models.device) for size in sizes))
     with models.autocast():
-        return condition(ids_te1, ids_te2, add_time_ids, *models.text_encoders, models.clip_skip)
+        prompt_embeds, pooled_prompt_embeds = encode_prompts(ids_te1, ids_te2, *models.text_encoders, models.clip_skip)
+    return Condition(prompt_embeds, pooled_prompt_embeds, add_time_ids)
 
 
 def _guided_prediction(noisy_latents: Tensor, timestep: Tensor, told: Condition, scale: float, models: SampleModels) -> Tensor:

@@ -43,7 +43,9 @@ class StopRequest:
         """The signal handler."""
         if self.signum is None:
             self.signum = signum
-            os.write(2, f"{signal.Signals(signum).name}: stopping after this micro-batch; once more stops at once without saving\n".encode())
+            os.write(
+                2, f"{signal.Signals(signum).name}: stopping after this micro-batch; once more stops at once without saving\n".encode()
+            )
             return
         for directory in self.writes_into:
             remove_leftovers(directory)

@@ -124,7 +124,7 @@ def _parse_setting(setting: str) -> tuple[KeyPath, Any]:
         raise ConfigError(f"--set {setting}: {key.strip()!r} is not a TOML key")
     path: list[str] = []
     while isinstance(holder, dict):
-        (name, holder), = holder.items()
+        ((name, holder),) = holder.items()
         path.append(name)
     parsed = _parse_or_none(f"value = {value}")
     return tuple(path), value.strip() if parsed is None or set(parsed) != {"value"} else parsed["value"]

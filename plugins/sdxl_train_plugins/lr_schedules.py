@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import sdxl_train
 from pydantic import field_validator
+
+import sdxl_train
 from sdxl_train import ConfigError, hookimpl, option
 
 if TYPE_CHECKING:

@@ -121,7 +121,7 @@ class MultiresNoise:
         # Level i has at most side / 2 ** i pixels, so a level beyond the side's bit length is never reached.
         num_levels = min(iterations, min(height, width).bit_length())
         # The sizes of the levels must be known here, so all of them are read back at once.
-        all_ratios = (2 + 2 * random.uniform(num_levels)).tolist()  # [B][num_levels], each in [2, 4)
+        all_ratios = (2 + 2 * random.cpu().uniform(num_levels)).tolist()  # [B][num_levels], each in [2, 4)
         shaped = []
         for i, ratios in enumerate(all_ratios):
             levels = [random[i].normal(channels, *size)[0] for size in pyramid_sizes(height, width, ratios)]

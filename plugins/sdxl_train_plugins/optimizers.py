@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import Field, field_validator, model_validator
+
 import sdxl_train
-from pydantic import BeforeValidator, Field, field_validator, model_validator
 from sdxl_train import hookimpl, option
 
 if TYPE_CHECKING:
@@ -13,15 +14,13 @@ if TYPE_CHECKING:
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
-# TOML has lists only, and a strict check takes no list for a tuple.
-ListAsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
 
 class AdamW:
     """torch.optim.AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101): 8 bytes of state per parameter in float32."""
 
     class Options(sdxl_train.Options):
-        betas: Annotated[tuple[Decay, Decay], ListAsTuple] = option(
+        betas: tuple[Decay, Decay] = option(
             (0.9, 0.999),
             "share of the old running mean of the gradient, and of its square, kept at each step",
             zh="梯度及其平方的滑动平均系数",
@@ -78,7 +77,7 @@ class AdaFactor:
         warmup_init: bool = option(
             False, "begin with a low rate that rises with the step; needs relative_step", zh="相对步长从低学习率开始"
         )
-        eps: Annotated[tuple[NonNegative, NonNegative], ListAsTuple] = option(
+        eps: tuple[NonNegative, NonNegative] = option(
             (1e-30, 1e-3),
             "added to the squared gradient, and the least root mean square that scale_parameter assumes",
             zh="梯度平方与参数尺度的数值稳定项",

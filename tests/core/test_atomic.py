@@ -5,6 +5,7 @@ import stat
 from pathlib import Path
 
 import pytest
+
 from sdxl_train.atomic import atomic_file, remove_leftovers
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from sdxl_train.loss_recorder import LossRecorder
 
 ORACLES = json.loads((Path(__file__).parents[1] / "oracles.json").read_text("utf-8"))

@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+
 from sdxl_train.atomic import atomic_file
 from sdxl_train.errors import ConfigError
 from sdxl_train.output_dir import locked_output_dir, matching_output_dirs, prepare_output_dir, resolve_output_dir

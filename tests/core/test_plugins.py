@@ -189,7 +189,9 @@ def test_timesteps_of_a_wrong_shape_dtype_or_range_are_refused(write, answer: st
         timesteps_of(plugins)
 
 
-@pytest.mark.parametrize("answer", ["None", "1.0", "model_pred.mean()", "model_pred.detach().mean((1,2,3))", "model_pred.double().mean((1,2,3))"])
+@pytest.mark.parametrize(
+    "answer", ["None", "1.0", "model_pred.mean()", "model_pred.detach().mean((1,2,3))", "model_pred.double().mean((1,2,3))"]
+)
 def test_a_loss_must_be_one_attached_float32_per_sample(write, answer: str) -> None:
     plugins = Plugins([Choice("loss_type", write(f"def f(model_pred, target, **kwargs): return {answer}\n")("f"))], 1)
     prediction = torch.ones(2, 4, 2, 2, requires_grad=True)

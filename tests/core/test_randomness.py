@@ -19,7 +19,13 @@ def test_a_row_depends_on_its_sample_alone() -> None:
 
 
 def test_every_part_of_the_place_changes_the_draw() -> None:
-    places = [sample_place(42, 1, "a", 0), sample_place(43, 1, "a", 0), sample_place(42, 2, "a", 0), sample_place(42, 1, "b", 0), sample_place(42, 1, "a", 1)]
+    places = [
+        sample_place(42, 1, "a", 0),
+        sample_place(43, 1, "a", 0),
+        sample_place(42, 2, "a", 0),
+        sample_place(42, 1, "b", 0),
+        sample_place(42, 1, "a", 1),
+    ]
     assert len({float(StepRandom([place], "noise").normal(1)[0, 0]) for place in places}) == 5
 
 
@@ -55,7 +61,7 @@ def test_integers_and_uniforms_keep_their_range_and_dtype() -> None:
     drawn = StepRandom(PLACES, "t").integers(5, 8, 1000)
     assert drawn.dtype == torch.int64 and set(drawn.flatten().tolist()) == {5, 6, 7}
     uniform = StepRandom(PLACES, "u").uniform(1000)
-    assert uniform.dtype == torch.float32 and 0 <= float(uniform.min()) and float(uniform.max()) < 1
+    assert uniform.dtype == torch.float32 and float(uniform.min()) >= 0 and float(uniform.max()) < 1
 
 
 def test_normal_draws_have_mean_0_and_variance_1() -> None:

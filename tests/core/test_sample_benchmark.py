@@ -3,6 +3,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+
 from sdxl_train.errors import ConfigError
 from sdxl_train.keys import SampleParams
 from sdxl_train.sample_benchmark import SampleEntry, read_benchmark

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
 from sdxl_train.sample_benchmark import SampleEntry
 from sdxl_train.sample_files import (
     comparison_sheet,
@@ -63,7 +64,9 @@ def test_parameters_without_negative_prompt_and_training_leave_these_out():
     )
 
 
-@pytest.mark.parametrize(("prompt", "kind"), [("café\nsecond line", "tEXt"), ("一只猫", "iTXt"), ("x" * 2_000_000, "tEXt"), ("猫" * 700_000, "iTXt")])
+@pytest.mark.parametrize(
+    ("prompt", "kind"), [("café\nsecond line", "tEXt"), ("一只猫", "iTXt"), ("x" * 2_000_000, "tEXt"), ("猫" * 700_000, "iTXt")]
+)
 def test_a_png_is_one_frame_with_its_text_as_text_or_international_text(tmp_path, prompt, kind):
     path = tmp_path / "new/folder/a.png"
     write_png(path, Image.new("RGB", (8, 8), RED), prompt)
@@ -123,7 +126,7 @@ def test_a_comparison_sheet_has_a_row_for_each_prompt_and_shows_missing_pictures
     red, blue = Image.new("RGB", (64, 64), RED), Image.new("RGB", (64, 64), BLUE)
     sheet = comparison_sheet(["before", "after"], [("a cat", [red, blue]), ("a dog", [red, None])])
     assert colours(sheet)[RED] == 2 * 64 * 64 and colours(sheet)[BLUE] == 64 * 64
-    boxes = {colour: [x for x in range(sheet.width) if any(sheet.getpixel((x, y)) == colour for y in range(sheet.height))] for colour in (RED, BLUE)}
-    assert boxes[RED][-1] < boxes[BLUE][0]
+    red_columns, blue_columns = ({x for x in range(sheet.width) for y in range(sheet.height) if sheet.getpixel((x, y)) == c} for c in (RED, BLUE))
+    assert max(red_columns) < min(blue_columns)
     with pytest.raises(ValueError):
         comparison_sheet(["before", "after"], [("a cat", [red])])

@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+
 import sdxl_train
 from sdxl_train.options import option_help
 from sdxl_train.plugin_keys import PLUGIN_KEYS

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from sdxl_train.diffusion import NoiseSchedule
 from sdxl_train_plugins.loss_weights import LOWEST_PLAIN_SNR, Debiased, MinSnr, ScaleVPred, VPredLike
 from sdxl_train_plugins.losses import Mse, mean_squared_error

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+
 from sdxl_train import ConfigError
 from sdxl_train_plugins import lr_schedules
 from sdxl_train_plugins.lr_schedules import PiecewiseConstant, Polynomial, parse_step_rules

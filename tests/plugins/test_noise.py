@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
 from sdxl_train.randomness import StepRandom, sample_place
 from sdxl_train_plugins.noise import IpNoise, MultiresNoise, NoiseOffset, pyramid_noise, pyramid_sizes
-from torch import Tensor
 
 ORACLES = json.loads((Path(__file__).parents[1] / "oracles.json").read_text("utf-8"))
 

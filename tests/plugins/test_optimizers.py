@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+
 from sdxl_train_plugins.optimizers import AdaFactor, AdamW
 
 

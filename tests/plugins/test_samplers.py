@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from sdxl_train import ConfigError
 from sdxl_train.diffusion import NoiseSchedule
 from sdxl_train_plugins.samplers import DpmSolver, Euler, Lms
-from torch import Tensor
 
 ORACLES = json.loads((Path(__file__).parents[1] / "oracles.json").read_text("utf-8"))
 NAMES = {entry.name: entry for entry in entry_points(group="sdxl_train.sample_sampler") if entry.dist and entry.dist.name == "sdxl-train"}

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from sdxl_train_plugins.trackers import Jsonl, TensorBoard
 
 TAGS = {"loss/step": 0.5, "loss_avr/step": 0.25, "loss_ema/step": 0.125, "lr/unet": 1e-5, "lr/text_encoder2": 2e-6}

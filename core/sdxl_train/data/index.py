@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -83,7 +83,8 @@ class Index:
         image_sizes: upright (w, h) of each picture in px. [N, 2] int32
         original_sizes: the metadata's `original_size`, else the picture's. [N, 2] int32
         bucket_sizes: (w, h) of its bucket in px. [N, 2] int32
-        num_repeats: how often it is trained per epoch, >= 1. [N] int32
+        num_repeats: how often it is trained per epoch, >= 1; 0 once it is left out. [N] int32
+        has_caption, has_description: whether it has that text. [N] bool
         counter: as in `count_repeats`, with the aliases `character` and `style`; pictures dropped by 0 repeats are counted too.
         summary: what became of the data.
     """
@@ -97,9 +98,12 @@ class Index:
         original_sizes: np.ndarray,
         bucket_sizes: np.ndarray,
         num_repeats: np.ndarray,
+        has_caption: np.ndarray,
+        has_description: np.ndarray,
         counter: Counter,
-        summary: Summary,
+        left_out: Summary,
     ) -> None:
+        """The arguments are the columns; `left_out` counts what is not in them."""
         self._keys = TextColumn(keys)
         self._image_paths = TextColumn(image_paths)
         self._rows = TextColumn(rows)  # the fields as JSON
@@ -107,8 +111,10 @@ class Index:
         self.original_sizes = original_sizes.astype(np.int32)
         self.bucket_sizes = bucket_sizes.astype(np.int32)
         self.num_repeats = num_repeats.astype(np.int32)
+        self.has_caption = has_caption
+        self.has_description = has_description
         self.counter = counter
-        self.summary = summary
+        self.summary = self._count(left_out)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -145,6 +151,31 @@ class Index:
             num_repeats=int(self.num_repeats[i]),
             npz_path=None,
             image_path=self._image_paths[i],
+        )
+
+    def leave_out(self, data: Sequence[int]) -> None:
+        """Train these pictures no longer, since they proved bad when they were decoded. Their rows stay, with 0 repeats.
+
+        Raises:
+            DataError: no picture is left.
+        """
+        self.num_repeats[list(data)] = 0
+        self.summary = self._count(replace(self.summary, bad=self.summary.bad + len(data)))
+        if not self.summary.images:
+            raise DataError(f"no picture is left to train: all {len(self)} are bad")
+
+    def _count(self, left_out: Summary) -> Summary:
+        """The counts of `left_out`, completed by those of the pictures that are trained."""
+        trained = self.num_repeats > 0
+        texts = np.stack([self.has_caption, self.has_description])[:, trained]
+        return replace(
+            left_out,
+            images=int(trained.sum()),
+            captioned=int(texts[0].sum()),
+            described=int(texts[1].sum()),
+            without_text=int((~texts.any(axis=0)).sum()),
+            samples_per_epoch=int(self.num_repeats.sum(dtype=np.int64)),
+            buckets=dict(sorted(Tally(map(tuple, self.bucket_sizes[trained].tolist())).items())),
         )
 
 
@@ -194,29 +225,17 @@ def _assemble(
 ) -> Index:
     """The index of the pictures `kept`, of which `sizes` and `repeats` are given."""
     original_sizes = sizes.copy()
-    captioned = described = 0
-    without_text = []
+    has_caption, has_description = np.zeros(len(kept), bool), np.zeros(len(kept), bool)
     for row, i in enumerate(kept):
         metadata = _metadata(found, i)
         original_sizes[row] = metadata["original_size"] or sizes[row]
-        captioned += bool(metadata["caption"])
-        described += bool(metadata["description"])
-        if not metadata["caption"] and not metadata["description"]:
-            without_text.append(found.keys[i])
+        has_caption[row], has_description[row] = bool(metadata["caption"]), bool(metadata["description"])
+    buckets = choose_buckets(sizes, config.resolution, config.bucket_reso_step)
+    keys, paths, rows = ([column[i] for i in kept] for column in (found.keys, found.image_paths, found.rows))
+    without_text = [keys[row] for row in np.flatnonzero(~has_caption & ~has_description)]
     if without_text:
         warn(f"{len(without_text)} pictures have neither caption nor description and are trained on the empty text: {listed(without_text)}")
-    buckets = choose_buckets(sizes, config.resolution, config.bucket_reso_step)
-    summary = replace(
-        left_out,
-        images=len(kept),
-        captioned=captioned,
-        described=described,
-        without_text=len(without_text),
-        samples_per_epoch=int(repeats.sum()),
-        buckets=dict(sorted(Tally(map(tuple, buckets.tolist())).items())),
-    )
-    keys, paths, rows = ([column[i] for i in kept] for column in (found.keys, found.image_paths, found.rows))
-    return Index(keys, paths, rows, sizes, original_sizes, buckets, repeats, counter, summary)
+    return Index(keys, paths, rows, sizes, original_sizes, buckets, repeats, has_caption, has_description, counter, left_out)
 
 
 def _metadata(found: Candidates, i: int) -> dict[str, Any]:

@@ -81,18 +81,20 @@ class BatchLoader:
         processes = self._kept or LoaderProcesses(self._fetcher, self.num_workers, self._is_persistent)
         self._kept = processes if self._is_persistent else None
         prefetch = _Prefetch(processes.fetch(plan), self._finish)
+        works = True
         try:
             for entry in plan:
                 yield self._next(prefetch, processes, entry)
         except (WorkerDiedError, WorkerStuckError):
-            processes.kill()
-            self._kept = None
+            works = False
             raise
         finally:
-            if not prefetch.stop():  # it waits for a process that is stuck
-                self._kept = None
-            if self._kept is None:
+            works = prefetch.stop(JOIN_S if works else 0) and works
+            if not works:
+                processes.kill()
+            if not works or not self._is_persistent:
                 processes.end()
+                self._kept = None
 
     def close(self) -> None:
         """End the loader processes that are kept between epochs."""
@@ -141,10 +143,10 @@ class _Prefetch:
             raise ready
         return ready
 
-    def stop(self) -> bool:
-        """End the thread and drop what it holds; False if it does not end."""
+    def stop(self, wait_s: float) -> bool:
+        """End the thread and drop what it holds; False if it has not ended in time, because it waits for a process."""
         self._is_stopped.set()
-        self._thread.join(JOIN_S)
+        self._thread.join(wait_s)
         return not self._thread.is_alive()
 
     def _run(self, fetched: Iterator[FetchedBatch | FailedFetch]) -> None:

@@ -126,7 +126,7 @@ class LoaderProcesses:
             process.kill()
 
     def end(self) -> None:
-        """End the processes. Nobody may hold an iterator of `fetch` any more."""
+        """End the processes and wait for them."""
         self._loader = None  # DataLoader ends its processes when the last reference to it goes
         for process in self._processes:
             if process.is_alive():

@@ -25,6 +25,10 @@ MARKERS = (V_PREDICTION_MARKER, ZERO_TERMINAL_SNR_MARKER)
 _LOGIT_SCALE = math.log(100)  # where OpenCLIP's training clips it, and its value in SDXL
 
 
+class NotSavedError(CheckpointError):
+    """The disk refused a file; what was there before is untouched, and a later try may succeed."""
+
+
 def file_metadata(*, step: int, epoch: int, prediction_type: str, zero_terminal_snr: bool, title: str, resolution: int) -> dict[str, str]:
     """The metadata of a saved model. `prediction_type` is epsilon or v_prediction, `resolution` in px."""
     return {
@@ -64,7 +68,8 @@ def save_checkpoint(
         metadata: as from `file_metadata`, with anything more.
         markers: those of MARKERS that hold. One in the base that does not hold any more is left out.
     Raises:
-        CheckpointError: weights that are not finite in the saved precision, or the disk refused.
+        CheckpointError: weights that are not finite in the saved precision.
+        NotSavedError: the disk refused.
     """
     tensors = _plan(base, trained, SAVE_PRECISIONS[save_precision], markers)
     extra = {"format": "pt"}
@@ -77,7 +82,7 @@ def write_atomically(path: Path, tensors: Mapping[str, TensorToWrite], metadata:
     """Writes a safetensors file that is whole or absent.
 
     Raises:
-        CheckpointError: the operating system refused; with its reason, the bytes needed and those free.
+        NotSavedError: the operating system refused; with its reason, the bytes needed and those free.
     """
     try:
         with atomic_file(path) as temporary, open(temporary, "wb", buffering=0) as file:
@@ -86,7 +91,7 @@ def write_atomically(path: Path, tensors: Mapping[str, TensorToWrite], metadata:
         needed = sum(tensor.num_bytes for tensor in tensors.values())
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
         reason = f"{os.strerror(error.errno) if error.errno else error}; {needed} bytes needed, {free} free"
-        raise CheckpointError(f"{path}: cannot be saved: {reason}") from error
+        raise NotSavedError(f"{path}: cannot be saved: {reason}") from error
 
 
 def _plan(

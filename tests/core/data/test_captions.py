@@ -65,7 +65,9 @@ def index_of(texts: dict[str, tuple[str | None, str | None]]) -> Index:
     count = len(texts)
     rows = [json.dumps({"caption": caption, "description": description}) for caption, description in texts.values()]
     sizes = np.full((count, 2), 64)
-    return Index(texts, [f"{key}.png" for key in texts], rows, sizes, sizes, sizes, np.ones(count), {}, Summary())
+    caption, description = (np.array([bool(pair[i]) for pair in texts.values()]) for i in range(2))
+    paths = [f"{key}.png" for key in texts]
+    return Index(texts, paths, rows, sizes, sizes, sizes, np.ones(count), caption, description, counter={}, left_out=Summary())
 
 
 def test_each_text_is_chosen_at_half_of_the_fetches(processors):

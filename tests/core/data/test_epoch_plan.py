@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from sdxl_train.data.epoch_plan import epoch_plan, num_batches, steps_per_epoch
 
 ORACLES = json.loads((Path(__file__).parents[2] / "oracles.json").read_text(encoding="utf-8"))

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
+from sdxl_train.data.epoch_plan import epoch_plan
 from sdxl_train.data.image_info import ImageInfo
 from sdxl_train.data.images import load_pixels
 from sdxl_train.data.index import Index, TextColumn, build_index
@@ -311,6 +313,21 @@ def test_nothing_left_to_train_is_an_error_with_the_counts_per_reason(tmp_path):
         build(tmp_path, Repeats({"a": 0}), bad_images="skip")
     rows = {"gone": {}}
     assert "1 without a file" in refused(tmp_path, metadata_files=write_metadata(tmp_path, rows))
+
+
+def test_pictures_left_out_later_keep_their_rows_and_are_counted_as_bad(tmp_path):
+    for key in "xyz":
+        picture(tmp_path / f"{key}.png")
+    text(tmp_path / "y.txt", "cat")
+    index = build(tmp_path, Repeats({"y": 5}))
+    index.leave_out([1])
+    assert keys_of(index) == ["x", "y", "z"] and index.num_repeats.tolist() == [1, 0, 1]
+    summary = index.summary
+    assert (summary.images, summary.bad, summary.captioned, summary.without_text, summary.samples_per_epoch) == (2, 1, 0, 2, 2)
+    assert sum(summary.buckets.values()) == 2
+    assert sorted(datum for batch in epoch_plan(index, 0, 1, 4) for datum, _ in batch.data) == [0, 2]
+    with pytest.raises(DataError, match="no picture is left to train"):
+        index.leave_out([0, 2])
 
 
 # ---- The whole --------------------------------------------------------------------------------------------------------------------

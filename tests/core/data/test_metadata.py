@@ -2,6 +2,7 @@ import json
 import os
 
 import pytest
+
 from sdxl_train.data.metadata import complete, fields_from_tags, read_caption_file, read_metadata_files
 from sdxl_train.errors import DataError
 

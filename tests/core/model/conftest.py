@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from sdxl_train.model.single_file import Checkpoint, open_checkpoint
 from sdxl_train.model.tiny import write_tiny_sdxl
 

@@ -8,10 +8,11 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
 from sdxl_train.model.saving import file_metadata, save_checkpoint
 from sdxl_train.model.single_file import Checkpoint, load_text_encoders, load_unet, load_vae
 from sdxl_train.model.tokenizer import load_tokenizers
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 IDS = torch.tensor([[49406, 320, 2368, 49407] + [49407] * 73, [49406, 1125, 539, 320] + [2368] * 72 + [49407]])
 

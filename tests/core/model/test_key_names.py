@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
 from sdxl_train.model.architecture import METADATA_KEY, SDXL, architecture_from_configs, architecture_from_shapes
 from sdxl_train.model.key_names import file_entries, module_name
 from sdxl_train.model.tiny import tiny_architecture
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "sdxl_tensors.txt"
 ENTRIES = file_entries(SDXL)

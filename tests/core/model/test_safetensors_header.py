@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from sdxl_train.errors import CheckpointError
 from sdxl_train.model.safetensors_header import read_header
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from sdxl_train.errors import CheckpointError
 from sdxl_train.model.architecture import METADATA_KEY
 from sdxl_train.model.saving import file_markers, file_metadata, save_checkpoint
 from sdxl_train.model.single_file import Checkpoint, load_text_encoders, load_unet, open_checkpoint
 from sdxl_train.model.tiny import write_tiny_sdxl
-from torch import Tensor
 
 TE1, TE2 = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
 METADATA = file_metadata(step=7, epoch=2, prediction_type="epsilon", zero_terminal_snr=False, title="mine", resolution=1024)
@@ -98,6 +99,13 @@ def test_queries_keys_and_values_are_stacked_in_this_order(tiny: Checkpoint, tmp
     save_checkpoint(tmp_path / "m", tiny, {"text_encoder_2": trained}, "keep", METADATA)
     stacked = load_file(tmp_path / "m")[TE2 + "transformer.resblocks.1.attn.in_proj_bias"]
     assert stacked.tolist() == [0.0] * 24 + [1.0] * 24 + [2.0] * 24
+
+
+def test_the_memory_layout_of_trained_weights_does_not_matter(tiny: Checkpoint, tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    unet = load_unet(tiny, torch.float32).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    save_checkpoint(tmp_path / "m", tiny, {"unet": unet.state_dict()}, "keep", METADATA)
+    saved = load_file(tmp_path / "m")
+    assert all(same_bits(saved[name], tensors[name]) for name in tensors)
 
 
 def test_names_of_wrappers_do_not_reach_the_file(tiny: Checkpoint, tensors: dict[str, Tensor], tmp_path: Path) -> None:

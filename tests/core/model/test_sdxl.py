@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
 from sdxl_train.errors import ConfigError
 from sdxl_train.model.attention import set_attention
 from sdxl_train.model.sdxl import LATENT_SCALE, decode_latents, encode_latents, make_add_time_ids, nonfinite_samples, predict

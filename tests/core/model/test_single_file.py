@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from sdxl_train.errors import CheckpointError
 from sdxl_train.model.architecture import METADATA_KEY
 from sdxl_train.model.single_file import Checkpoint, load_text_encoders, load_unet, load_vae, open_checkpoint, vae_encoder_digest
-from torch import Tensor
 
 TE1, TE2 = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
 ATTENTION = "first_stage_model.encoder.mid.attn_1.q.weight"
@@ -109,6 +110,16 @@ def test_position_ids_may_be_absent_or_of_any_kind(tensors: dict[str, Tensor], w
     checkpoint = open_checkpoint(write(others if ids is None else {**others, POSITION_IDS: ids}))
     first, _ = load_text_encoders(checkpoint, torch.float32)
     assert first.embeddings.position_ids.tolist() == [list(range(77))]
+
+
+def test_tensors_at_odd_addresses_are_read(tiny_path: Path, tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    content = tiny_path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    odd = tmp_path / "odd.safetensors"
+    odd.write_bytes((length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" " + content[8 + length :])
+    checkpoint = open_checkpoint(str(odd))
+    assert_same_values(checkpoint, tensors)
+    assert torch.equal(load_unet(checkpoint, torch.float32).conv_out.weight, tensors["model.diffusion_model.out.2.weight"])
 
 
 def test_linear_vae_attention_is_accepted(tensors: dict[str, Tensor], write: Callable[..., str]) -> None:

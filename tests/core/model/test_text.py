@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
 from sdxl_train.errors import ConfigError
 from sdxl_train.model.architecture import SDXL
 from sdxl_train.model.single_file import Checkpoint, load_text_encoders
 from sdxl_train.model.text import check_clip_skip, encode_prompts, freeze_unused_layers, load_tokenizers
-from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 ORACLES = json.loads((Path(__file__).parents[2] / "oracles.json").read_text(encoding="utf-8"))
 TEXTS = ["a cat", "a dog and " * 60, "one two three four five " * 20]

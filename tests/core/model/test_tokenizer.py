@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import CLIPTokenizer
+
 from sdxl_train.errors import CheckpointError, DataError
 from sdxl_train.model.tokenizer import CACHE_FOLDERS, PromptTokenizer, load_tokenizers
-from transformers import CLIPTokenizer
 
 ORACLES = json.loads((Path(__file__).parents[2] / "oracles.json").read_text(encoding="utf-8"))
 
