@@ -24,7 +24,6 @@ from sdxl_train.model.single_file import Checkpoint, load_text_encoders, load_un
 from sdxl_train.model.text import check_clip_skip
 from sdxl_train.model.tokenizer import load_tokenizers
 from sdxl_train.run import Parts, Run
-from sdxl_train.sample_benchmark import read_benchmark
 from sdxl_train.stopping import StopRequest
 
 AUTOCAST_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,7 +40,7 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
     """
     keys = settings.config
     plugins = settings.plugins
-    samples = read_benchmark(Path(keys.sample_benchmark), keys.sample_params, console.warn) if keys.sample_benchmark else []
+    samples = list(settings.samples)
     device, dtype = pick_device(keys), AUTOCAST_DTYPES[keys.mixed_precision]
     base = open_checkpoint(keys.pretrained_model_name_or_path, keys.vae)
     _refuse_contradicted_marks(base, settings)

@@ -20,6 +20,7 @@ from sdxl_train.options import Options, flat_keys, option_aliases, resolve_alias
 from sdxl_train.plugin_discovery import Catalogue
 from sdxl_train.plugin_keys import PLUGIN_KEYS, PluginKey
 from sdxl_train.plugins import Choice, Plugins, options_of
+from sdxl_train.sample_benchmark import SampleEntry, read_benchmark
 from sdxl_train.toml_source import KeyPath, TomlSource, read_toml, show
 
 # A key that a command does not need may be absent; this is what it then reads.
@@ -36,6 +37,7 @@ class Settings:
         plugins: the plugins the run uses, made with their options.
         values: every effective key, as plain values, read-only; what plugins see as `run.config`.
         warnings: settings without effect, one line each.
+        samples: what to render, from `sample_benchmark`; empty without one.
         given: the keys that the user set, also inside tables ("sample_params.seed").
     """
 
@@ -43,6 +45,7 @@ class Settings:
     plugins: Plugins
     values: Mapping[str, Any]
     warnings: tuple[str, ...]
+    samples: tuple[SampleEntry, ...]
     given: frozenset[str]
 
 
@@ -78,6 +81,7 @@ class _Check:
         self.problems: dict[str, None] = {}
         self.bad: set[str] = set()
         self.data = source.data
+        self.notes: list[str] = []
 
     def settings(self) -> Settings:
         self._refuse_values_of_no_option()
@@ -92,6 +96,7 @@ class _Check:
             values.setdefault(key.options_key, {})
         self._apply_rules(values)
         plugins = self._plugins(used, config.seed)
+        samples = self._samples(config)
         if self.problems or plugins is None:
             raise ConfigError("\n".join(self.problems))
         warnings = [f"{self.source.where((text.split()[0],))}: {text}" for text in config_rules.warnings(values, set(self.data))]
@@ -99,7 +104,8 @@ class _Check:
             config,
             plugins,
             MappingProxyType(values),
-            (*warnings, *self._unused_flat_keys(owners)),
+            (*warnings, *self._unused_flat_keys(owners), *self.notes),
+            tuple(samples),
             frozenset(self.data) | {f"{key}.{name}" for key, table in self.data.items() if isinstance(table, dict) for name in table},
         )
 
@@ -111,6 +117,16 @@ class _Check:
         except PluginError as error:
             self.problems[f"{self.source.name}: {error}"] = None
             return None
+
+    def _samples(self, config: Config) -> list[SampleEntry]:
+        """The benchmark's entries; what is wrong with them joins the report."""
+        if config.sample_benchmark is None or self.bad & {"sample_benchmark", "sample_params"}:
+            return []
+        try:
+            return read_benchmark(Path(config.sample_benchmark), config.sample_params, self.notes.append)
+        except ConfigError as error:
+            self.problems.update(dict.fromkeys(str(error).splitlines()))
+            return []
 
     @staticmethod
     def _flat_of(plugin: _Used) -> set[str]:

@@ -105,6 +105,10 @@ class Speed:
         total = self._ends[-1][1] if self._ends else 0
         self._ends.append((time.perf_counter(), total + num_images))
 
+    def restart(self) -> None:
+        """Forget what was measured, after something that is no step."""
+        self._ends.clear()
+
     def images_per_s(self) -> float:
         """0.0 until two steps have ended."""
         if len(self._ends) < 2:

@@ -186,6 +186,7 @@ def _sample(run: Run, moment: Moment) -> None:
     if done.paths:
         parts.console.line(f"sampled {len(done.paths)} pictures into {done.paths[0].parent}")
         parts.hooks.on_sample(run=run, paths=done.paths)
+    parts.speed.restart()
 
 
 def current_rates(run: Run) -> dict[str, float]:

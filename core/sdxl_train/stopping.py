@@ -32,7 +32,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self.writes_into: list[Path] = []  # where a second signal removes half-written files
+        self.writes_into: Path | None = None  # the folder below which a second signal removes half-written files
 
     def check(self) -> None:
         """Go on, or raise Interrupted when a signal has come."""
@@ -47,8 +47,9 @@ class StopRequest:
                 2, f"{signal.Signals(signum).name}: stopping after this micro-batch; once more stops at once without saving\n".encode()
             )
             return
-        for directory in self.writes_into:
-            remove_leftovers(directory)
+        if self.writes_into is not None:
+            for directory, _, _ in os.walk(self.writes_into):
+                remove_leftovers(Path(directory))
         os._exit(128 + self.signum)
 
 

@@ -43,7 +43,7 @@ def _train(settings: Settings, console: Console, stop: StopRequest) -> None:
     with locked_output_dir(output_dir, now):
         console.line(f"output_dir: {output_dir}")
         log_dir = prepare_output_dir(output_dir, fresh=True, now=now, warn=console.line)
-        stop.writes_into = [output_dir / "models", output_dir / "samples"]
+        stop.writes_into = output_dir
         run = build_run(settings, output_dir, log_dir, console, stop)
         console.line(banner(run, settings))
         console.start_progress("step", run.num_train_steps)
@@ -64,7 +64,7 @@ class _ToConsole(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.warn(record.getMessage())
+        self._console.warn(self.format(record))
 
 
 def _refuse_several_processes() -> None:

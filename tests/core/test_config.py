@@ -281,3 +281,9 @@ def test_a_configuration_error_exits_2_without_importing_torch(tmp_path: Path) -
     done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (2, "[]")
     assert "sdxl.toml:1: batch_size" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_broken_sample_benchmark_is_in_the_same_report(load, tmp_path: Path) -> None:
+    (tmp_path / "bench.json").write_text('[{"prompt": 3}, {"steps": 5}]')
+    found = problems(load, f'batch_size = 0\nsample_benchmark = "{tmp_path}/bench.json"')
+    assert any("batch_size" in problem for problem in found) and any("bench.json" in problem for problem in found)

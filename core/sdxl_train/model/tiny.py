@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,9 @@ def tiny_architecture(
     vae_channels: tuple[int, ...] = (8, 8, 16, 16),
     te_widths: tuple[int, int] = (16, 24),
     te_layers: tuple[int, int] = (3, 4),
+    vae_norm_groups: int | None = None,
 ) -> Architecture:
-    """Eight channels an attention head; all widths must be multiples of 8."""
+    """Eight channels an attention head; all widths must be multiples of 8. `vae_norm_groups` absent: two channels a group where narrowest."""
     return Architecture(
         unet_channels=unet_channels,
         transformer_layers=transformer_layers,
@@ -32,7 +34,7 @@ def tiny_architecture(
         unet_norm_groups=math.gcd(*unet_channels) // 4,
         size_embedding_width=256,
         vae_channels=vae_channels,
-        vae_norm_groups=math.gcd(*vae_channels) // 2,
+        vae_norm_groups=vae_norm_groups or math.gcd(*vae_channels) // 2,
         text_encoder=TextArchitecture(te_widths[0], 4 * te_widths[0], te_layers[0], te_widths[0] // 8),
         text_encoder_2=TextArchitecture(te_widths[1], 4 * te_widths[1], te_layers[1], te_widths[1] // 8, projection=te_widths[1]),
     )
@@ -46,12 +48,18 @@ def write_tiny_sdxl(
     vae_channels: tuple[int, ...] = (8, 8, 16, 16),
     te_widths: tuple[int, int] = (16, 24),
     te_layers: tuple[int, int] = (3, 4),
+    vae_norm_groups: int | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    title: str = "tiny-sdxl",
+    change: Callable[[Entry, Tensor], Tensor] = lambda entry, drawn: drawn,
 ) -> Architecture:
     """Writes an untrained SDXL of small widths; the same arguments give the same bytes. About 11 MB in float32 by default.
 
     Every tensor is drawn from its own stream, also biases and norms, so that a tensor in a wrong place changes what the model computes.
+
+    Args:
+        change: makes the tensor that is written from the one that was drawn; both in float32 (position ids in int64) and of the entry's shape.
     """
     architecture = tiny_architecture(
         unet_channels=unet_channels,
@@ -59,16 +67,17 @@ def write_tiny_sdxl(
         vae_channels=vae_channels,
         te_widths=te_widths,
         te_layers=te_layers,
+        vae_norm_groups=vae_norm_groups,
     )
     tensors = {
         entry.name: TensorToWrite(
             "I64" if entry.name == POSITION_IDS else dtype_name(dtype),
             entry.shape,
-            lambda entry=entry: _draw(entry, seed).to(torch.int64 if entry.name == POSITION_IDS else dtype),
+            lambda entry=entry: change(entry, _draw(entry, seed)).to(torch.int64 if entry.name == POSITION_IDS else dtype),
         )
         for entry in file_entries(architecture)
     }
-    metadata = {"format": "pt", "modelspec.architecture": "stable-diffusion-xl-v1-base", "modelspec.title": "tiny-sdxl"}
+    metadata = {"format": "pt", "modelspec.architecture": "stable-diffusion-xl-v1-base", "modelspec.title": title}
     if (hidden := architecture.to_metadata()) is not None:
         metadata[METADATA_KEY] = hidden
     write_atomically(path, tensors, metadata)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from sdxl_train.testing import check_plugin, training_project
 from sdxl_train_example.timesteps import kumaraswamy
+
+from sdxl_train.testing import check_plugin, training_project
 
 
 @pytest.mark.parametrize("options", [{}, {"keep": 0}, {"keep": 2, "separator": "; "}])
