@@ -231,7 +231,7 @@ def test_the_events_of_a_run_come_in_this_order(cli, config, plugin, tmp_path: P
         config(
             plugins=[plugin("Recorder")], save_every_n_steps=2, sample_benchmark=str(tmp_path / "bench.json"), sample_every_n_epochs=1,
             num_train_epochs=1,
-        )  # fmt: skip
+        )
     )
     assert ended.code == 0, ended.err
     assert json.loads((tmp_path / "told.json").read_text()) == [
