@@ -26,7 +26,7 @@ def tiny_architecture(
     te_layers: tuple[int, int] = (3, 4),
     vae_norm_groups: int | None = None,
 ) -> Architecture:
-    """Eight channels an attention head; all widths must be multiples of 8. `vae_norm_groups` absent: two channels a group where narrowest."""
+    """Eight channels an attention head; widths are multiples of 8. `vae_norm_groups` absent: two channels a group where narrowest."""
     return Architecture(
         unet_channels=unet_channels,
         transformer_layers=transformer_layers,
@@ -51,7 +51,6 @@ def write_tiny_sdxl(
     vae_norm_groups: int | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-    title: str = "tiny-sdxl",
     change: Callable[[Entry, Tensor], Tensor] = lambda entry, drawn: drawn,
 ) -> Architecture:
     """Writes an untrained SDXL of small widths; the same arguments give the same bytes. About 11 MB in float32 by default.
@@ -59,7 +58,7 @@ def write_tiny_sdxl(
     Every tensor is drawn from its own stream, also biases and norms, so that a tensor in a wrong place changes what the model computes.
 
     Args:
-        change: makes the tensor that is written from the one that was drawn; both in float32 (position ids in int64) and of the entry's shape.
+        change: makes the tensor that is written from the one that was drawn; both float32 (position ids int64), of the entry's shape.
     """
     architecture = tiny_architecture(
         unet_channels=unet_channels,
@@ -77,7 +76,7 @@ def write_tiny_sdxl(
         )
         for entry in file_entries(architecture)
     }
-    metadata = {"format": "pt", "modelspec.architecture": "stable-diffusion-xl-v1-base", "modelspec.title": title}
+    metadata = {"format": "pt", "modelspec.architecture": "stable-diffusion-xl-v1-base", "modelspec.title": "tiny-sdxl"}
     if (hidden := architecture.to_metadata()) is not None:
         metadata[METADATA_KEY] = hidden
     write_atomically(path, tensors, metadata)
