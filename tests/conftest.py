@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -116,10 +117,18 @@ def process() -> Callable[..., subprocess.Popen]:
     """Starts `sdxl-train` with these arguments in a process of its own, in a new process group."""
     started: list[subprocess.Popen] = []
 
-    def starting(*arguments: object, **environment: str) -> subprocess.Popen:
+    def default_signals() -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a test run in the background inherits ignored ones
+            signal.signal(signum, signal.SIG_IGN if signum in ignored else signal.SIG_DFL)
+
+    ignored: set[int] = set()
+
+    def starting(*arguments: object, ignore: int | None = None, **environment: str) -> subprocess.Popen:
+        ignored.clear()
+        ignored.update({ignore} if ignore is not None else ())
         command = [sys.executable, "-m", "sdxl_train.cli", *map(str, arguments)]
         env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True, preexec_fn=default_signals)
         started.append(child)
         return child
 

@@ -59,7 +59,7 @@ def stop_requests() -> Iterator[StopRequest]:
     request = StopRequest()
     before = {}
     for signum in SIGNALS:
-        if signal.getsignal(signum) is not signal.SIG_IGN:
+        if signum != getattr(signal, "SIGHUP", None) or signal.getsignal(signum) is not signal.SIG_IGN:
             before[signum] = signal.signal(signum, request.handle)
     try:
         yield request

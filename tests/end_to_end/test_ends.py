@@ -154,11 +154,7 @@ def test_a_second_signal_ends_at_once_without_a_partial_file(process, config, pl
 
 def test_a_hangup_ignored_at_start_stays_ignored(process, config, plugin, tmp_path: Path) -> None:
     (tmp_path / "marks").mkdir()
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited, as under nohup
-    try:
-        child = process(config(plugins=[plugin("Slow")], max_train_steps=3), MARKS=str(tmp_path / "marks"))
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    child = process(config(plugins=[plugin("Slow")], max_train_steps=3), ignore=signal.SIGHUP, MARKS=str(tmp_path / "marks"))  # as under nohup
     wait_for(tmp_path / "marks" / "1", child)
     child.send_signal(signal.SIGHUP)
     assert child.wait(30) == 0
