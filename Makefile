@@ -21,7 +21,7 @@ test-slow: $(VENV)/installed-test
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 generated: $(VENV)/installed
 	$(BIN)/python tools/write_generated.py

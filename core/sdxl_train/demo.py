@@ -83,7 +83,7 @@ def prepare(directory: Path) -> None:
         (directory / name).write_bytes((packaged / name).read_bytes())
     for picture in (packaged / "images").iterdir():
         (images / picture.name).write_bytes(picture.read_bytes())
-    write_tiny_sdxl(directory / "base.safetensors", unet_channels=(32, 64, 64), title="demo")
+    write_tiny_sdxl(directory / "base.safetensors", unet_channels=(32, 64, 64))
     entries = [{"prompt": prompt, "width": 128, "height": 128, "steps": 12, "scale": 3.0, "seed": 1} for prompt in PROMPTS]
     (directory / "benchmark.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
     paths = {

