@@ -3,117 +3,208 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
+from statistics import fmean
+from string import Template
+from typing import TYPE_CHECKING
 
+from sdxl_train.atomic import atomic_file
 from sdxl_train.errors import ConfigError
+from sdxl_train.toml_text import toml_value
 
-PROMPTS = ("monkey face, mammal, animal", "red apple, fruit, food", "sailboat, vehicle, transport")
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from sdxl_train.sample_benchmark import SampleEntry
+
+FILES = ("sdxl.toml", "benchmark.json", "metadata.json", "NOTICE.md", "base.safetensors")  # and the folder images/
 SHEET = "before_and_after.png"
+MEAN_OVER_STEPS = 20
+DRAWN = ("apple", "banana", "bear", "anchor", "bus", "lotus")  # pictures whose captions are the prompts of the benchmark
 
-TOML = """\
-# The demo's configuration. Change what you like and run: sdxl-train {file}
-# 演示配置。可随意修改后运行上面的命令。docs/configuration.md explains every key.
+FIRST_WORDS = "# The demo's configuration."
+TOML = Template("""\
+$first_words Change what you like and train again:
+#     sdxl-train $file
+# `sdxl-train example` prints every key with its default. / 演示配置，可随意修改后重新训练；sdxl-train example 列出所有配置项。
 
-pretrained_model_name_or_path = {base}  # base model / 预训练模型
-image_dirs = [{images}]  # pictures / 图像文件夹
-metadata_files = [{metadata}]  # captions and more / 标注等元数据
-output_dir = {output}  # everything a run writes / 输出文件夹
-tokenizer_cache_dir = {tokenizers}
+# ---- What to train, on what, and where to / 模型与数据 ----
+pretrained_model_name_or_path = $base  # a tiny SDXL; yours: sd_xl_base_1.0.safetensors / 预训练模型
+image_dirs = [$images]  # searched recursively / 图像文件夹
+metadata_files = [$metadata]  # captions and more; [] reads .txt files beside the pictures / 元数据文件
+output_dir = $output  # models, samples, logs / 输出文件夹
+tokenizer_cache_dir = $tokenizers  # 分词器缓存路径
 
-resolution = 128  # SDXL itself: 1024
-batch_size = 8
-num_train_epochs = 10  # 12 steps or so in each
-optimizer_type = "AdamW"
-learning_rate = 1e-3  # high, since this model starts from random weights; a real one takes about 1e-5
-lr_warmup_steps = 20
-max_token_length = 75
-mixed_precision = "no"
-cpu = true
-max_dataloader_n_workers = 0
+# ---- Pictures / 图像 ----
+resolution = 128  # px; SDXL itself: 1024 / 分桶的最大分辨率
+flip_aug = false  # true mirrors half of the pictures / 随机水平翻转
+max_token_length = 75  # of a caption; 225 for long ones / 最大 token 长度
+max_dataloader_n_workers = 0  # these few pictures need no processes of their own / 数据加载进程数
 
-sample_benchmark = {benchmark}  # what to draw / 采样基准
-sample_every_n_epochs = 10  # before training and at its end
-"""
+# ---- Training / 训练 ----
+num_train_epochs = 70  # of 6 steps each / 训练总轮数
+batch_size = 16  # 批量大小
+optimizer_type = "AdamW"  # the default is "AdaFactor", which needs less memory / 优化器
+learning_rate = 3e-3  # so high since this model knows nothing yet; a real one takes about 1e-5 / 学习率
+lr_scheduler = "cosine"  # down to 0 at the last step / 学习率调度器
+lr_warmup_steps = 20  # 预热步数
+cpu = true  # leave it out to use your GPU / 使用 CPU 训练
+
+# ---- Pictures drawn before the first step and at the end / 采样 ----
+sample_benchmark = $benchmark  # prompts / 采样基准
+sample_every_n_epochs = 70  # 每 n 轮采样一次
+
+[sample_params]  # for what the benchmark leaves out; tables come last in the file / 基础采样参数
+width = 128
+height = 128
+steps = 30
+scale = 1.0  # 1 is without guidance, which this model never learned; the default is 7.5 / CFG 系数
+""")
 
 
 def run_demo(directory: Path, prepare_only: bool) -> None:
     """Write the demo's files into `directory`, and train unless told not to.
 
-    Files of an earlier demo are written anew; nothing else in the folder is touched.
+    A folder that is not empty is taken for a demo when its sdxl.toml begins as the demo's does. What is there is kept, so the demo can be
+    run again, also with a changed configuration, and nothing of a user's is lost.
 
     Raises:
-        ConfigError: the folder cannot be made, or holds something that is not a demo.
+        ConfigError: the folder cannot be made or written to, or holds something that is not a demo.
     """
     directory = directory.resolve()
     config_file = directory / "sdxl.toml"
-    if directory.exists() and any(directory.iterdir()) and not (directory / "base.safetensors").exists():
-        raise ConfigError(f"{directory} is not empty and holds no demo; name another folder: sdxl-train demo DIR")
     try:
-        prepare(directory)
-    except OSError as error:
+        if directory.exists() and any(directory.iterdir()) and not _is_of_the_demo(config_file):
+            raise ConfigError(
+                f"{directory} is not empty, and holds no sdxl.toml that begins with {FIRST_WORDS!r}, so it is no demo's folder; "
+                "nothing was written there. Name another folder: sdxl-train demo DIR"
+            )
+        kept = _prepare(directory)
+    except (OSError, UnicodeError) as error:
         raise ConfigError(f"{directory}: the demo cannot be written: {error}") from error
-    print(f"wrote base.safetensors, images/, metadata.json, benchmark.json and sdxl.toml into {directory}")
+    print(f"{directory} holds {', '.join(FILES)} and images/" + (f"; kept as found: {', '.join(kept)}" if kept else ""), flush=True)
     if prepare_only:
-        print(f"train with: sdxl-train {config_file}")
+        print(f'train with: sdxl-train "{config_file}"')
         return
     from sdxl_train.config import load_settings
     from sdxl_train.training import run_training
 
-    run_training(load_settings(config_file))
-    output_dir = directory / "output"
-    sheet = _before_and_after(directory, output_dir)
-    model = max((output_dir / "models").glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
-    print(f"model:            {model}")
-    print(f"before and after: {sheet}")
-    print(f"losses:           {output_dir / 'logs'} (tensorboard --logdir {output_dir / 'logs'})")
-    print("The base has random weights, so its pictures are patterns; what falls is the loss.")
-    print(f"Try next: change {config_file} and run `sdxl-train {config_file}`;")
-    print("for pictures of your own name an SDXL checkpoint and your folder there (docs/quickstart.md).")
+    settings = load_settings(config_file)
+    run_training(settings)
+    _say_what_was_made(directory, settings.config.output_dir, settings.samples)
 
 
-def prepare(directory: Path) -> None:
-    """Write base.safetensors, images/, metadata.json, benchmark.json and sdxl.toml, all deterministic but for the paths in the last."""
-    from sdxl_train.model.tiny import write_tiny_sdxl
+def _is_of_the_demo(config_file: Path) -> bool:
+    if not config_file.is_file():
+        return False
+    with open(config_file, "rb") as file:
+        return file.read(len(FIRST_WORDS)) == FIRST_WORDS.encode()
 
-    images = directory / "images"
-    images.mkdir(parents=True, exist_ok=True)
+
+def _prepare(directory: Path) -> list[str]:
+    """Write what is missing; all but the paths in sdxl.toml is the same each time. Returns which of the files were there."""
+    from sdxl_train.demo_base import write_demo_base
+
     packaged = resources.files("sdxl_train") / "demo_data"
-    for name in ("metadata.json", "NOTICE.md"):
-        (directory / name).write_bytes((packaged / name).read_bytes())
-    for picture in (packaged / "images").iterdir():
-        (images / picture.name).write_bytes(picture.read_bytes())
-    write_tiny_sdxl(directory / "base.safetensors", unet_channels=(32, 64, 64))
-    entries = [{"prompt": prompt, "width": 128, "height": 128, "steps": 12, "scale": 3.0, "seed": 1} for prompt in PROMPTS]
-    (directory / "benchmark.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
-    paths = {
-        "file": directory / "sdxl.toml",
-        "base": directory / "base.safetensors",
-        "images": images,
-        "metadata": directory / "metadata.json",
-        "output": directory / "output",
-        "tokenizers": directory / "tokenizers",
-        "benchmark": directory / "benchmark.json",
+    captions = _captions((packaged / "metadata.json").read_text("utf-8"))
+    contents: dict[str, Callable[[], bytes]] = {  # sdxl.toml first: it makes the folder a demo's
+        "sdxl.toml": lambda: _configuration(directory).encode(),
+        "benchmark.json": lambda: _benchmark([captions[key] for key in DRAWN]).encode(),
+        "metadata.json": (packaged / "metadata.json").read_bytes,
+        "NOTICE.md": (packaged / "NOTICE.md").read_bytes,
     }
-    text = TOML
-    for name, path in paths.items():  # one pass over fixed names: a path is never read for further placeholders
-        text = text.replace("{" + name + "}", str(path) if name == "file" else json.dumps(str(path), ensure_ascii=False))
-    (directory / "sdxl.toml").write_text(text, encoding="utf-8")
+    kept = [name for name in FILES if (directory / name).exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    pictures = {f"images/{picture.name}": picture.read_bytes for picture in (packaged / "images").iterdir()}
+    for name, content in {**contents, **pictures}.items():
+        if not (directory / name).exists():
+            (directory / name).parent.mkdir(exist_ok=True)
+            with atomic_file(directory / name) as temporary:
+                temporary.write_bytes(content())
+    if "base.safetensors" not in kept:
+        write_demo_base(directory / "base.safetensors")
+    return kept
 
 
-def _before_and_after(directory: Path, output_dir: Path) -> Path:
-    """One sheet of what the model drew before step 1 and after the last."""
-    from PIL import Image
+def _configuration(directory: Path) -> str:
+    paths = {
+        "base": "base.safetensors",
+        "images": "images",
+        "metadata": "metadata.json",
+        "output": "output",
+        "tokenizers": "tokenizers",
+        "benchmark": "benchmark.json",
+    }
+    values = {name: toml_value(str(directory / path)) for name, path in paths.items()}
+    return TOML.substitute(values, file=toml_value(str(directory / "sdxl.toml")), first_words=FIRST_WORDS)
 
+
+def _benchmark(prompts: Sequence[str]) -> str:
+    entries = [{"prompt": prompt, "seed": seed} for seed, prompt in enumerate(prompts, start=1)]
+    return "[\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in entries) + "\n]\n"
+
+
+def _captions(metadata: str) -> dict[str, str]:
+    return {key: fields["caption"] for key, fields in json.loads(metadata).items()}
+
+
+def _say_what_was_made(directory: Path, output_dir: str, samples: Sequence[SampleEntry]) -> None:
+    """The closing words, after a training without mishap. A changed configuration may have saved or drawn nothing."""
+    from sdxl_train.output_dir import matching_output_dirs
+
+    made = max(matching_output_dirs(output_dir), key=lambda path: (path / "logs").stat().st_mtime)
+    models = sorted((made / "models").glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
+    print("\nThe demo is done. What it made:")
+    if models:
+        print(f"  model             {models[-1]}")
+    if sheet := _before_and_after(directory, made, samples):
+        print(f"  before and after  {sheet}")
+    if losses := _losses(made):
+        first, last = fmean(losses[:MEAN_OVER_STEPS]), fmean(losses[-MEAN_OVER_STEPS:])
+        print(f"  loss              {first:.3f} at first, {last:.3f} at the end (means of {min(MEAN_OVER_STEPS, len(losses))} steps)")
+    print(f'  curves            {made / "logs"} (tensorboard --logdir "{made / "logs"}")')
+    print("The tiny base knew nothing. A minute teaches it to put soft patches of colour on white; real pictures take a real base.")
+    print(f'Try next: change {directory / "sdxl.toml"}, and run `sdxl-train demo "{directory}"` again to compare.')
+    print("For pictures of your own copy that file, name an SDXL checkpoint and your folder in it, and run `sdxl-train FILE.toml`.")
+
+
+def _losses(made: Path) -> list[float]:
+    """The loss of each step of the last run; none where its configuration keeps no metrics.jsonl."""
+    log = max((made / "logs").iterdir()) / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
+    return [line["loss/step"] for line in lines if line.get("loss/step") is not None]
+
+
+def _before_and_after(directory: Path, made: Path, samples: Sequence[SampleEntry]) -> Path | None:
+    """One sheet: drawn before step 1, drawn last, and the picture whose caption is the prompt. None where nothing was drawn."""
     from sdxl_train.sample_files import comparison_sheet
 
-    rounds = sorted((output_dir / "samples").glob("epoch_*"), key=lambda path: path.stat().st_mtime)
-    pairs = [[_newest_of(folder, i) for folder in (output_dir / "samples" / "step_0", rounds[-1])] for i in range(len(PROMPTS))]
-    rows = [(prompt, [Image.open(path) for path in pair]) for prompt, pair in zip(PROMPTS, pairs, strict=True)]
-    comparison_sheet(("before", "after"), rows).save(directory / SHEET)
+    rounds = sorted((made / "samples").iterdir(), key=lambda path: path.stat().st_mtime)
+    before = made / "samples" / "step_0"
+    if not samples or before not in rounds or rounds[-1] == before:
+        return None
+    pictures = {caption: key for key, caption in _captions((directory / "metadata.json").read_text("utf-8")).items()}
+    rows: list[tuple[str, list[Image | None]]] = []
+    for i, entry in enumerate(samples):
+        trained = directory / "images" / f"{pictures.get(entry.prompt)}.webp"
+        rows.append((entry.prompt, [_newest(before, i), _newest(rounds[-1], i), _on_white(trained) if trained.exists() else None]))
+    with atomic_file(directory / SHEET) as temporary:
+        comparison_sheet(("before", "after", "trained on"), rows, max_side_px=128).save(temporary, format="PNG")
     return directory / SHEET
 
 
-def _newest_of(folder: Path, i: int) -> Path:
-    """The latest picture of benchmark entry i in a round's folder (a second run adds its own there)."""
-    return sorted(folder.glob(f"*_{i:02d}.png"))[-1]
+def _newest(folder: Path, i: int) -> Image | None:
+    """The latest picture of benchmark entry i in a round's folder, to which each run of the demo adds its own."""
+    from PIL import Image
+
+    paths = sorted(folder.glob(f"*_{i:02d}.png"))
+    return Image.open(paths[-1]) if paths else None
+
+
+def _on_white(path: Path) -> Image:
+    from PIL import Image
+
+    picture = Image.open(path).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

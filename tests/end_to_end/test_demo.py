@@ -1,47 +1,60 @@
-"""The demo: what it writes, that it learns, and what it says at the end."""
+"""The demo from the command line: that it learns, what it leaves in its folder, what it says at the end, and that it can be stopped."""
 
-import hashlib
+import signal
+import time
 from pathlib import Path
 
-import pytest
-
-from sdxl_train import demo
-from sdxl_train.config import load_settings
+from PIL import Image
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def shortened(folder: Path, cli, num_epochs: int) -> Path:
+    """A prepared demo whose training takes seconds; the demo keeps a configuration that is there."""
+    assert cli("demo", folder, "--prepare-only").code == 0
+    config = folder / "sdxl.toml"
+    text = config.read_text("utf-8")
+    config.write_text(text.replace("epochs = 70", f"epochs = {num_epochs}").replace("steps = 30", "steps = 5"), "utf-8")
+    return folder
 
 
-def test_preparing_writes_the_same_files_each_time_and_a_configuration_that_is_right(cli, tmp_path: Path) -> None:
-    first, second = tmp_path / "a demo", tmp_path / "b"
-    for folder in (first, second):
-        assert cli("demo", folder, "--prepare-only").code == 0
-    written, again = hashes(first), hashes(second)
-    assert {"base.safetensors", "metadata.json", "benchmark.json", "sdxl.toml", "NOTICE.md"} <= written.keys()
-    assert sum(name.startswith("images") for name in written) == 96
-    assert {name for name in written if written[name] != again[name]} == {"sdxl.toml"}
-    settings = load_settings(first / "sdxl.toml")
-    assert Path(settings.config.output_dir).is_absolute() and Path(settings.config.output_dir).parent == first
+def test_the_demo_learns_and_shows_before_and_after(cli, process, tmp_path: Path, metrics) -> None:
+    folder = shortened(tmp_path / "demo", cli, 8)
+    child = process("demo", folder)
+    out, err = child.communicate(timeout=300)
+    assert child.returncode == 0, err
+    losses = [line["loss/step"] for line in metrics(folder / "output")]
+    assert len(losses) == 48
+    assert 0.7 < losses[0] < 1.1  # a U-Net that predicts 0 has the loss 1, less what min_snr_gamma takes
+    assert sum(losses[-20:]) < 0.6 * sum(losses[:20])
+    (model,) = (folder / "output" / "models").iterdir()
+    assert f"{sum(losses[:20]) / 20:.3f} at first, {sum(losses[-20:]) / 20:.3f} at the end (means of 20 steps)" in out
+    sheet = folder / "before_and_after.png"
+    for said in (str(model), str(sheet), str(folder / "output" / "logs"), "Try next"):
+        assert said in out
+    with Image.open(sheet) as drawn:
+        assert drawn.width > 3 * 128 and drawn.height > 6 * 128
+    assert {path.name for path in tmp_path.iterdir()} == {"demo"}
 
 
-def test_a_folder_with_other_things_in_it_is_refused_and_left_alone(cli, tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("mine")
-    ended = cli("demo", tmp_path, "--prepare-only")
-    assert ended.code == 2 and "not empty" in ended.err
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-
-
-def test_the_demo_learns_and_shows_before_and_after(cli, tmp_path: Path, metrics, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = demo.TOML.replace("num_train_epochs = 10 ", "num_train_epochs = 4 ").replace("n_epochs = 10 ", "n_epochs = 4 ")
-    monkeypatch.setattr(demo, "TOML", text)
-    ended = cli("demo", tmp_path / "demo")
+def test_a_demo_without_samples_says_what_else_it_made(cli, tmp_path: Path) -> None:
+    folder = shortened(tmp_path / "demo", cli, 1)
+    config = folder / "sdxl.toml"
+    config.write_text(config.read_text("utf-8").replace("sample_every_n_epochs = 1", "sample_every_n_epochs = 0"), "utf-8")
+    ended = cli("demo", folder)
     assert ended.code == 0, ended.err
-    losses = [line["loss/step"] for line in metrics(tmp_path / "demo" / "output")]
-    assert len(losses) >= 45
-    assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
-    (model,) = (tmp_path / "demo" / "output" / "models").iterdir()
-    for said in (str(model), demo.SHEET, "Try next"):
-        assert said in ended.out
-    assert (tmp_path / "demo" / demo.SHEET).stat().st_size > 1000
+    assert "model_ep1_step6.safetensors" in ended.out and "before and after" not in ended.out
+    assert not (folder / "before_and_after.png").exists()
+
+
+def test_ctrl_c_stops_the_demo_with_130_and_saves(cli, process, tmp_path: Path) -> None:
+    folder = shortened(tmp_path / "demo", cli, 70)
+    child = process("demo", folder)
+    for line in child.stderr:
+        if line.startswith("sampled"):
+            break
+    metrics_file = next((folder / "output" / "logs").glob("*/metrics.jsonl"))
+    while not metrics_file.read_text() and child.poll() is None:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 130, err
+    assert "saved" in err and "The demo is done" not in out
