@@ -116,6 +116,7 @@ class BatchLoader:
                 processes.check(any_end=True)
                 raise
             if time.monotonic() > end:
+                processes.check(any_end=True)  # on a busy machine DataLoader may miss that a process left by itself
                 keys = ", ".join(shown(self._index.key(datum)) for datum, _ in entry.data)
                 raise WorkerStuckError(f"data loader: no batch for {self._limit_s:g} s; stuck at this one of epoch {entry.epoch}: {keys}")
 
