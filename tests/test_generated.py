@@ -10,6 +10,7 @@ import pytest
 import tomli
 
 from sdxl_train.config import load_settings
+from sdxl_train.plugin_keys import PLUGIN_KEYS
 from sdxl_train.plugins import HOOK_NAMES
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +32,11 @@ def test_the_example_configuration_validates(tmp_path: Path) -> None:
     (tmp_path / "base.safetensors").touch()
     settings = [f'pretrained_model_name_or_path="{tmp_path}/base.safetensors"', f'image_dirs=["{tmp_path}"]', "metadata_files=[]"]
     assert load_settings(ROOT / "sdxl.toml.example", settings).config.batch_size == 1
+
+
+def test_the_example_names_every_options_table() -> None:
+    example = (ROOT / "sdxl.toml.example").read_text(encoding="utf-8")
+    assert [key.options_key for key in PLUGIN_KEYS.values() if f"[{key.options_key}" not in example] == []
 
 
 def test_entry_points_are_those_of_pyproject() -> None:

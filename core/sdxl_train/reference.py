@@ -57,6 +57,10 @@ def example_toml(built_in_only: bool = False) -> str:
     for path, group in tables.items():
         parts.append(f"{'' if any(row.is_used for row in group) else '# '}[{toml_key(*path)}]\n")
         parts += [_entry(row) for row in group]
+    for key in PLUGIN_KEYS.values():  # keys none of whose installed plugins has options
+        if key.options_key not in {path[0] for path in tables}:
+            comment = f"# Options of what {key.key} names; empty by default.\n# {key.key} 所选插件的参数；默认为空。"
+            parts.append(f"{comment}\n# [{key.options_key}]\n")
     parts += [f"# {plugin.selection} of {plugin.origin} is broken: {_one_line(plugin.broken)}\n" for plugin in plugins if plugin.broken]
     return "\n".join(parts)
 
