@@ -6,6 +6,7 @@ from typing import Any
 
 from sdxl_train import not_built
 from sdxl_train.config import Settings
+from sdxl_train.plugin_discovery import OWN_DISTRIBUTION
 from sdxl_train.plugins import Loaded
 from sdxl_train.run import Run
 
@@ -89,4 +90,4 @@ def _named(run: Run, key: str) -> str:
 
 
 def _foreign(run: Run) -> list[Loaded]:
-    return [plugin for plugin in run.parts.plugins.loaded if not plugin.target.origin.startswith("sdxl-train ")]
+    return [plugin for plugin in run.parts.plugins.loaded if not plugin.target.origin.startswith(f"{OWN_DISTRIBUTION} ")]

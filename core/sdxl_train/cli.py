@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    from sdxl_train.console import printable
+    from sdxl_train.text_display import printable
 
     print(f"sdxl-train: {printable(message)}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,10 +16,11 @@ from sdxl_train import config_rules, not_built
 from sdxl_train.errors import ConfigError, PluginError
 from sdxl_train.keys import Config
 from sdxl_train.options import Options, flat_keys, option_aliases, resolve_aliases
-from sdxl_train.plugin_discovery import Catalogue
+from sdxl_train.plugin_discovery import OWN_DISTRIBUTION, Catalogue, distribution_name
 from sdxl_train.plugin_keys import PLUGIN_KEYS, PluginKey
 from sdxl_train.plugins import Choice, Plugins, options_of
 from sdxl_train.sample_benchmark import SampleEntry, read_benchmark
+from sdxl_train.text_display import did_you_mean
 from sdxl_train.toml_source import KeyPath, TomlSource, read_toml, show
 
 # A key that a command does not need may be absent; this is what it then reads.
@@ -63,12 +63,13 @@ def load_settings(path: Path, settings: Sequence[str] = (), needs: Iterable[str]
 
 @dataclass
 class _Used:
-    """A plugin that the file uses and what is known of its options."""
+    """A plugin that the file uses, what is known of its options, and the table they stand in."""
 
     key: PluginKey
     name: str
     model: type[Options] | None
     options: dict[str, Any]
+    table: KeyPath
 
 
 class _Check:
@@ -104,7 +105,7 @@ class _Check:
             config,
             plugins,
             MappingProxyType(values),
-            (*warnings, *self._unused_flat_keys(owners), *self.notes),
+            (*warnings, *self.notes),
             tuple(samples),
             frozenset(self.data) | {f"{key}.{name}" for key, table in self.data.items() if isinstance(table, dict) for name in table},
         )
@@ -168,8 +169,8 @@ class _Check:
         for name in names:
             try:
                 target = self.catalogue.find(key, name)
-                own = tables.get(name, {}) if as_list else tables
-                found.append(_Used(key, target.name, options_of(target), own))
+                own, table = (tables.get(name, {}), (name,)) if as_list else (tables, ())
+                found.append(_Used(key, target.name, options_of(target), own, (key.options_key, *table)))
             except PluginError as error:
                 self._problem((key.key,), str(error))
         if as_list:
@@ -208,7 +209,6 @@ class _Check:
     def _refuse_unknown_keys(self, owners: dict[str, _Used]) -> None:
         tables = {key.options_key for key in PLUGIN_KEYS.values()}
         known = {*Config.model_fields, *PLUGIN_KEYS, *tables, *owners}
-        self.unused: dict[str, str] = {}
         for name, value in self.data.items():
             if name in known:
                 continue
@@ -216,7 +216,8 @@ class _Check:
             if owner is None:
                 self._unknown((name,), known)
             elif owner.key.kind == "pick" or value == owner.model.model_fields[name].get_default(call_default_factory=True):
-                self.unused[name] = f'{name} has no effect: it belongs to {owner.key.key} = "{owner.name}", which this file does not use'
+                owned = f'it belongs to {owner.key.key} = "{owner.name}", which this file does not use'
+                self.notes.append(f"{self.source.where((name,))}: {name} has no effect: {owned}")
                 self._validate(owner.model, {name: value}, lambda path: path)
             else:
                 self._problem((name,), f'{name} belongs to the plugin "{owner.name}", which {owner.key.key} does not name')
@@ -225,22 +226,18 @@ class _Check:
         """The plugin of this distribution that has `name` as a flat key although the file does not select it."""
         for key in PLUGIN_KEYS.values():
             for point in self.catalogue.entry_points(key):
-                if point.dist is None or point.dist.name != "sdxl-train":
+                if distribution_name(point) != OWN_DISTRIBUTION:
                     continue
                 model = options_of(self.catalogue.find(key, point.name))
                 if model is not None and name in flat_keys(model):
-                    return _Used(key, point.name, model, {})
+                    return _Used(key, point.name, model, {}, (key.options_key,))
         return None
 
-    def _unused_flat_keys(self, owners: dict[str, _Used]) -> list[str]:
-        return [f"{self.source.where((name,))}: {text}" for name, text in self.unused.items()]
-
     def _unknown(self, path: KeyPath, known: Iterable[str]) -> None:
-        name = path[len(path) - 1]
-        near = difflib.get_close_matches(name, list(known), 1)
-        inside = f" in [{'.'.join(path[:-1])}]" if len(path) > 1 else ""
-        hint = f'; did you mean "{near[0]}"?' if near else ""
-        if len(path) > 1 and self._is_top_level(name):
+        *tables, name = path
+        inside = f" in [{'.'.join(tables)}]" if tables else ""
+        hint = did_you_mean(name, known)
+        if tables and self._is_top_level(name):
             hint = "; it is a top-level key: move it above the first [table], since TOML puts what follows into the table"
         self._problem(path, f'unknown key "{show(name)[1:-1]}"{inside}{hint}')
 
@@ -257,9 +254,7 @@ class _Check:
 
     def _plugin_values(self, plugin: _Used) -> dict[str, Any]:
         """Check one plugin's options; its flat keys and its table as they are in effect."""
-        table_path = (plugin.key.options_key,)
-        if plugin.key.shape == "list" or isinstance(self.data.get(plugin.key.key), list):
-            table_path = (*table_path, plugin.name)
+        table_path = plugin.table
         if not isinstance(plugin.options, dict):
             self._problem(table_path, f"{'.'.join(table_path)} must be a table, got {show(plugin.options)}")
             plugin.options = {}

@@ -7,12 +7,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from sdxl_train.text_display import printable
+
 PLAIN_INTERVAL_S = 10.0
-
-
-def printable(text: str) -> str:
-    """Text with control characters escaped, so that a caption or a file name cannot command the terminal. Line feeds stay."""
-    return "".join(char if char.isprintable() or char == "\n" else char.encode("unicode_escape", "surrogatepass").decode() for char in text)
 
 
 class Console:

@@ -8,11 +8,9 @@ from importlib.metadata import EntryPoint
 
 from sdxl_train.errors import PluginError
 from sdxl_train.options import Options
-from sdxl_train.plugin_discovery import Catalogue
+from sdxl_train.plugin_discovery import OWN_DISTRIBUTION, Catalogue, distribution_name
 from sdxl_train.plugin_keys import PLUGIN_KEYS, PluginKey
 from sdxl_train.plugins import options_of
-
-OWN_DISTRIBUTION = "sdxl-train"
 
 
 @dataclass(frozen=True)
@@ -56,15 +54,11 @@ def installed_plugins(built_in_only: bool = False) -> list[Installed]:
     catalogue = Catalogue()
     found = []
     for key in PLUGIN_KEYS.values():
-        points = [point for point in catalogue.entry_points(key) if not built_in_only or _distribution(point) == OWN_DISTRIBUTION]
+        points = [point for point in catalogue.entry_points(key) if not built_in_only or distribution_name(point) == OWN_DISTRIBUTION]
         rank = {name: number for number, name in enumerate(key.default)}
         points.sort(key=lambda point: (rank.get(point.name, len(rank)), point.name.casefold()))
         found += [_look_at(catalogue, key, point) for point in points]
     return found
-
-
-def _distribution(point: EntryPoint) -> str:
-    return point.dist.name if point.dist else ""
 
 
 def _look_at(catalogue: Catalogue, key: PluginKey, point: EntryPoint) -> Installed:

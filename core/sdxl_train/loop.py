@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sdxl_train.data.batches import Batch, to_device
+from sdxl_train.data.batches import Batch
 from sdxl_train.data.epoch_plan import epoch_plan
 from sdxl_train.data.latents import encode_pixels, nonfinite_latents_error
 from sdxl_train.data.loader_processes import WorkerDiedError
+from sdxl_train.devices import to_device
 from sdxl_train.errors import SdxlTrainError
 from sdxl_train.metrics import FiniteCheck
 from sdxl_train.model.sdxl import make_add_time_ids, predict
@@ -62,7 +63,7 @@ def train_step(run: Run, batches: Iterator[Batch], num_micro_batches: int) -> Te
     keys_seen: list[str] = []
     encoded: list[tuple[Batch, Tensor]] = []  # batches encoded in this step, and whether each of their latents is finite
     finite = None
-    for _ in range(num_micro_batches):
+    for i in range(num_micro_batches):
         run.parts.stop.check()
         batch = _next_batch(run, batches)
         keys_seen += batch.keys
@@ -71,7 +72,8 @@ def train_step(run: Run, batches: Iterator[Batch], num_micro_batches: int) -> Te
             encoded.append((batch, are_finite))
         loss = training_loss(run, batch)
         batch_losses.append(loss.detach())
-        finite = FiniteCheck(torch.stack(batch_losses))  # copied before the backward pass is queued, read after it
+        if i == num_micro_batches - 1:
+            finite = FiniteCheck(torch.stack(batch_losses))  # copied before the last backward pass is queued, read after it
         (loss / num_micro_batches).backward()
     run.parts.stop.check()
     run.parts.speed.step_done(len(keys_seen))

@@ -6,13 +6,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch.cuda import Event
+from sdxl_train.devices import HostCopy
 
 MAX_LAG_STEPS = 5
 MAX_LAG_S = 1.0
@@ -26,8 +24,7 @@ class _Pending:
     time: float
     floats: dict[str, float]
     names: list[str]
-    values: Tensor  # [len(names)] float64 on the CPU; complete once `copied` has happened
-    copied: Event | None
+    values: HostCopy  # [len(names)]
 
 
 class MetricsReader:
@@ -45,8 +42,8 @@ class MetricsReader:
         """Start to copy a step's metrics, and hand on those that have arrived or are older than 5 steps and 1 s."""
         tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
         floats = {name: float(value) for name, value in metrics.items() if not isinstance(value, Tensor)}
-        values, copied = _start_copy(list(tensors.values()))
-        self._pending.append(_Pending(step, epoch, time.time(), floats, list(tensors), values, copied))
+        values = HostCopy(_stacked(list(tensors.values())))
+        self._pending.append(_Pending(step, epoch, time.time(), floats, list(tensors), values))
         while self._pending and self._is_due(self._pending[0], step):
             self._hand_on()
 
@@ -57,41 +54,30 @@ class MetricsReader:
 
     def _is_due(self, pending: _Pending, step: int) -> bool:
         is_old = step - pending.step >= MAX_LAG_STEPS and time.time() - pending.time >= MAX_LAG_S
-        return pending.copied is None or is_old or pending.copied.query()
+        return is_old or pending.values.has_arrived()
 
     def _hand_on(self) -> None:
         pending = self._pending.popleft()
-        if pending.copied is not None:
-            pending.copied.synchronize()
-        read = dict(zip(pending.names, pending.values.tolist(), strict=True))
+        read = dict(zip(pending.names, pending.values.wait().tolist(), strict=True))
         self._on_read({"step": pending.step, "epoch": pending.epoch, "time": pending.time, **read, **pending.floats})
 
 
-def _start_copy(tensors: list[Tensor]) -> tuple[Tensor, Event | None]:
-    """One copy to the CPU for all of a step's tensors; on CUDA it is only queued, and the event tells when it is done."""
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """All of a step's tensors as one, so that one copy brings them. [n] float64 (float32 where the device has no float64)."""
     if not tensors:
-        return torch.empty(0), None
-    stacked = torch.stack([tensor.detach().double() if tensor.device.type != "mps" else tensor.detach() for tensor in tensors])
-    if stacked.device.type != "cuda":
-        return stacked.cpu(), None
-    values = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
-    values.copy_(stacked, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-    return values, copied
+        return torch.empty(0)
+    return torch.stack([tensor.detach().double() if tensor.device.type != "mps" else tensor.detach() for tensor in tensors])
 
 
 class FiniteCheck:
     """Whether a step's losses are finite, asked before the backward pass is queued and answered after, without draining the device."""
 
     def __init__(self, losses: Tensor) -> None:
-        self._value, self._copied = _start_copy([torch.isfinite(losses).all().float()])
+        self._answer = HostCopy(torch.isfinite(losses).all())
 
     def is_finite(self) -> bool:
         """Wait for the losses alone (not for the backward pass behind them)."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return bool(self._value.all())
+        return bool(self._answer.wait())
 
 
 class Speed:

@@ -40,12 +40,7 @@ class EpochLoss:
 
 def before_first_step(run: Run) -> None:
     """A fresh run with an active sample trigger shows what the base model draws, in `samples/step_0/` whichever trigger it is."""
-    hooks = run.parts.hooks
-    if (
-        run.step == 0
-        and run.parts.samples
-        and (hooks.should_sample(run=run, moment="step") or hooks.should_sample(run=run, moment="epoch"))
-    ):
+    if run.step == 0 and (_samples_are_wanted(run, "step") or _samples_are_wanted(run, "epoch")):
         _sample(run, "step")
 
 
@@ -166,8 +161,12 @@ def save_model(run: Run) -> Path:
 
 
 def _sample_if_wanted(run: Run, moment: Moment) -> None:
-    if run.parts.samples and run.parts.hooks.should_sample(run=run, moment=moment):
+    if _samples_are_wanted(run, moment):
         _sample(run, moment)
+
+
+def _samples_are_wanted(run: Run, moment: Moment) -> bool:
+    return bool(run.parts.samples and run.parts.hooks.should_sample(run=run, moment=moment))
 
 
 def _sample(run: Run, moment: Moment) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -14,6 +13,9 @@ from typing import Any
 
 from sdxl_train.errors import PluginError
 from sdxl_train.plugin_keys import PluginKey
+from sdxl_train.text_display import did_you_mean
+
+OWN_DISTRIBUTION = "sdxl-train"
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,13 @@ class Catalogue:
         if ":" in name:
             return Target(key, name, name.partition(":")[0], _load_path(key, name))
         known = self.names(key)
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f'; did you mean "{near[0]}"?' if near else ""
+        hint = did_you_mean(name, known)
         raise PluginError(f'{key.key} = "{name}": no installed plugin has this name{hint} (known: {", ".join(known) or "none"})')
+
+
+def distribution_name(point: EntryPoint) -> str:
+    """The distribution an entry point belongs to; empty where its metadata names none."""
+    return point.dist.name if point.dist else ""
 
 
 def _origin(point: EntryPoint) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Sequence
 
@@ -12,6 +11,7 @@ from sdxl_train.key_rows import ABSENT, REQUIRED, Row, plugin_rows
 from sdxl_train.plugin_discovery import Catalogue
 from sdxl_train.plugin_keys import PLUGIN_KEYS
 from sdxl_train.plugins import options_of
+from sdxl_train.text_display import did_you_mean
 from sdxl_train.toml_text import toml_key, toml_value
 
 
@@ -35,8 +35,7 @@ def plugin_info(key: str, name: str) -> str:
         ConfigError: no such key, or nothing of this name can be loaded.
     """
     if key not in PLUGIN_KEYS:
-        near = difflib.get_close_matches(key, PLUGIN_KEYS, 1)
-        hint = f'; did you mean "{near[0]}"?' if near else ""
+        hint = did_you_mean(key, PLUGIN_KEYS)
         raise ConfigError(f'no key that names plugins is called "{key}"{hint} (there are: {", ".join(PLUGIN_KEYS)})')
     row = PLUGIN_KEYS[key]
     try:

@@ -222,10 +222,11 @@ def _make(choice: Choice, target: Target, seed: int) -> Loaded:
     model = options_of(target)
     options = model.model_validate(dict(choice.options)) if model is not None else None
     make: Callable[..., Any] = target.value
+    arguments = () if options is None else (options,)
     if not inspect.isclass(make):
         return Loaded(target, FunctionPlugin(target, options, seed))
     try:
-        return Loaded(target, make(*([options] if options is not None else [])))
+        return Loaded(target, make(*arguments))
     except SdxlTrainError:
         raise
     except Exception as error:
@@ -270,8 +271,10 @@ def _marked(instance: Any) -> dict[str, Mapping[str, Any]]:
     return {name: opts for name, opts in found.items() if opts is not None}
 
 
-def _wrapped_hooks(instance: Any) -> list[str]:
-    return [name for name, opts in _marked(instance).items() if opts.get("wrapper") or opts.get("hookwrapper")]
+def _wrapped_hooks(instance: Any) -> dict[str, str]:
+    """The hook that each wrapper of a plugin stands around, by the method's name."""
+    wrappers = {name: opts for name, opts in _marked(instance).items() if opts.get("wrapper") or opts.get("hookwrapper")}
+    return {name: opts.get("specname") or name for name, opts in wrappers.items()}
 
 
 def _wanted(method: Callable[..., Any]) -> list[str]:
@@ -311,10 +314,9 @@ class _WrapperCheck:
         self._by_code: dict[CodeType, Loaded] = {}
         self._by_hook: dict[str, list[str]] = {}
         for plugin in wrapping:
-            for name in _wrapped_hooks(plugin.instance):
+            for name, hook in _wrapped_hooks(plugin.instance).items():
                 method = getattr(plugin.instance, name)
                 self._by_code[inspect.unwrap(getattr(method, "__func__", method)).__code__] = plugin
-                hook = _marked(plugin.instance)[name].get("specname") or name
                 self._by_hook.setdefault(hook, []).append(str(plugin.target))
 
     def __call__(self, outcome: pluggy.Result[Any], hook: str, _: Sequence[pluggy.HookImpl], arguments: Mapping[str, Any]) -> None:

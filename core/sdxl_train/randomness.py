@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sdxl_train.devices import to_device
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -116,10 +118,7 @@ class StepRandom:
         rows = np.empty((len(self._places), *shape), dtype)
         for i in range(len(self._places)):
             rows[i] = draw(self._generator(i))
-        drawn = torch.from_numpy(rows)
-        if torch.device(self._device).type == "cuda":  # pinned, so that the copy does not hold up the host
-            return drawn.pin_memory().to(self._device, non_blocking=True)
-        return drawn.to(self._device)
+        return to_device(torch.from_numpy(rows), self._device)
 
 
 @contextmanager

@@ -7,11 +7,12 @@ from importlib.metadata import version
 from itertools import groupby
 from typing import Any
 
-from sdxl_train.installed_plugins import OWN_DISTRIBUTION, Installed, installed_plugins
+from sdxl_train.installed_plugins import Installed, installed_plugins
 from sdxl_train.key_rows import ABSENT, REQUIRED, SECTIONS_ZH, Row, any_case, key_rows
 from sdxl_train.keys import Config
 from sdxl_train.option_schemas import OptionSchemas, Schema, option_schemas
 from sdxl_train.options import flat_keys, option_aliases
+from sdxl_train.plugin_discovery import OWN_DISTRIBUTION
 from sdxl_train.plugin_keys import PLUGIN_KEYS, PluginKey
 from sdxl_train.toml_text import toml_key, toml_value
 

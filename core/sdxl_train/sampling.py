@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sdxl_train.model.architecture import LATENT_CHANNELS, PX_PER_LATENT
 from sdxl_train.model.sdxl import decode_latents, make_add_time_ids, nonfinite_samples, predict
 from sdxl_train.model.text import encode_prompts
 from sdxl_train.sample_benchmark import SampleEntry
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from sdxl_train.model.tokenizer import PromptTokenizer
     from sdxl_train.run import Run
 
-LATENT_CHANNELS = 4
-LATENT_PX = 8  # a latent is 8 x 8 px
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def render_batch(
     with _borrowed(models):
         told = _told(entry, models)
         sampler.set_timesteps(entry.steps, device=models.device)
-        shape = (1, LATENT_CHANNELS, entry.height // LATENT_PX, entry.width // LATENT_PX)
+        shape = (1, LATENT_CHANNELS, entry.height // PX_PER_LATENT, entry.width // PX_PER_LATENT)
         noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
         latents = noise.to(models.device) * float(sampler.init_noise_sigma)  # [B, 4, h, w] float32
         for step, timestep in enumerate(sampler.timesteps):

@@ -24,7 +24,8 @@ def run_training(settings: Settings) -> None:
     """
     _refuse_several_processes()
     console = Console()
-    logging.getLogger("sdxl_train").addHandler(_ToConsole(console))
+    to_console = _ToConsole(console)
+    logging.getLogger("sdxl_train").addHandler(to_console)
     for warning in settings.warnings:
         console.warn(warning)
     try:
@@ -32,6 +33,8 @@ def run_training(settings: Settings) -> None:
             _train(settings, console, stop)
     except Interrupted as interrupted:
         sys.exit(interrupted.exit_code)
+    finally:  # else a second run in this process would say everything twice
+        logging.getLogger("sdxl_train").removeHandler(to_console)
 
 
 def _train(settings: Settings, console: Console, stop: StopRequest) -> None:

@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from sdxl_train.data.captions import choose_and_process, is_flipped
 from sdxl_train.data.epoch_plan import BatchPlan
 from sdxl_train.data.images import load_pixels
+from sdxl_train.devices import to_device
 from sdxl_train.errors import DataError
 from sdxl_train.keys import Config
+from sdxl_train.model.architecture import LATENT_CHANNELS, PX_PER_LATENT
 from sdxl_train.model.tokenizer import PromptTokenizer
 from sdxl_train.plugins import Plugins
 from sdxl_train.randomness import StepRandom, sample_place
@@ -27,9 +29,6 @@ if TYPE_CHECKING:
 
     from sdxl_train.data.index import Index
     from sdxl_train.data.latents import LatentStore
-
-LATENT_CHANNELS = 4
-PX_PER_LATENT = 8
 
 
 @dataclass
@@ -84,15 +83,6 @@ class Batch:
             if isinstance(value, torch.Tensor):
                 moved[name] = to_device(value, device)
         return Batch(**moved)
-
-
-def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor on a device. A copy from the CPU to CUDA goes through pinned memory, so the host does not wait for what is queued there."""
-    import torch
-
-    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from sdxl_train.data.images import image_header
 from sdxl_train.data.metadata import complete, problem_list
 from sdxl_train.data.sources import Candidates, find_candidates
 from sdxl_train.errors import DataError
+from sdxl_train.model.architecture import PX_PER_LATENT
 from sdxl_train.text_display import listed
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class Index:
             description=metadata["description"],
             image_size=_pair(self.image_sizes[i]),
             original_size=_pair(self.original_sizes[i]),
-            latent_size=(width // 8, height // 8),
+            latent_size=(width // PX_PER_LATENT, height // PX_PER_LATENT),
             bucket_size=(width, height),
             num_repeats=int(self.num_repeats[i]),
             npz_path=None,

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_train.data.batches import LATENT_CHANNELS, PX_PER_LATENT, pixels_of, to_device
+from sdxl_train.data.batches import pixels_of
+from sdxl_train.devices import HostCopy, to_device
 from sdxl_train.errors import DataError
 from sdxl_train.keys import Config
+from sdxl_train.model.architecture import LATENT_CHANNELS, PX_PER_LATENT
 from sdxl_train.randomness import StepRandom, generator
 from sdxl_train.text_display import listed
 
@@ -264,31 +266,15 @@ class _Encoder:
         noise = to_device(torch.from_numpy(np.stack(draws)), self._device)
         on_device = to_device(torch.from_numpy(pixels), self._device).permute(0, 3, 1, 2)  # [B, 3, 8h, 8w]
         latents = encode_latents(self._vae, as_vae_input(on_device.flip(-1) if flipped else on_device), noise, scaled=False)
-        keep = self._started(data, flipped, latents)
+        copy = HostCopy(latents)
         self.finish()
-        self._keep_last = keep
+        self._keep_last = lambda: self._keep(data, flipped, copy.wait().numpy())
 
     def finish(self) -> None:
         """Wait for what was queued last and keep it."""
         if self._keep_last is not None:
             self._keep_last()
             self._keep_last = None
-
-    def _started(self, data: list[int], flipped: bool, latents: Tensor) -> Callable[[], None]:
-        import torch
-
-        if latents.device.type != "cuda":
-            return lambda: self._keep(data, flipped, latents.cpu().numpy())
-        host = torch.empty(latents.shape, dtype=torch.float32, pin_memory=True)
-        host.copy_(latents, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-
-        def keep() -> None:
-            copied.synchronize()
-            self._keep(data, flipped, host.numpy())
-
-        return keep
 
     def _keep(self, data: list[int], flipped: bool, latents: NDArray[np.float32]) -> None:
         finite = np.isfinite(latents).reshape(len(data), -1).all(1)

@@ -8,6 +8,7 @@ from typing import Any
 METADATA_KEY = "sdxl_train.architecture"
 
 LATENT_CHANNELS = 4
+PX_PER_LATENT = 8  # in each direction
 VOCABULARY_SIZE = 49408
 CONTEXT_LENGTH = 77
 HEAD_CHANNELS = 64  # SDXL's channels per attention head, in the U-Net and in both text encoders
