@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,9 +57,18 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def remove_leftovers(directory: Path) -> list[Path]:
-    """Removes what `atomic_file` left in `directory` when a process was killed, and returns the names. Only under the run's lock."""
-    leftovers = sorted(directory.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}"))
-    for leftover in leftovers:
-        leftover.unlink(missing_ok=True)
-    return leftovers
+def remove_leftovers(directory: Path, older_than_s: float = 0) -> list[Path]:
+    """Removes what `atomic_file` left in `directory` when a process was killed, and returns the names.
+
+    Args:
+        older_than_s: spares younger files, where another process may be writing; 0 only under the run's lock.
+    """
+    latest, removed = time.time() - older_than_s, []
+    for leftover in sorted(directory.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}")):
+        try:
+            if leftover.stat().st_mtime <= latest:
+                leftover.unlink()
+                removed.append(leftover)
+        except FileNotFoundError:  # its writer has just finished with it
+            continue
+    return removed

@@ -31,7 +31,7 @@ def banner(run: Run, settings: Settings) -> str:
         f"optimizer: {_named(run, 'optimizer_type')}; schedule: {_named(run, 'lr_scheduler')}, warm-up {keys.lr_warmup_steps} steps",
         f"timesteps: {_named(run, 'timestep_sampler_type')} in [{keys.min_timestep}, {keys.max_timestep})",
         f"loss: {_named(run, 'loss_type')}",
-        f"latents: {'encoded before training, kept in memory' if keys.cache_latents else 'encoded in every step'}; flips: {keys.flip_aug}",
+        f"latents: {_latents(run)}; flips: {keys.flip_aug}",
         f"seed: {keys.seed}; random draws depend on seed, epoch, picture and repeat only",
         f"plugins: {', '.join(plugin.target.name + ' (' + plugin.target.origin + ')' for plugin in _foreign(run)) or 'only built-in ones'}",
     ]
@@ -64,10 +64,26 @@ def _data_lines(run: Run) -> list[str]:
     more = f" and {len(buckets) - MAX_BUCKETS_SHOWN} smaller ones" if len(buckets) > MAX_BUCKETS_SHOWN else ""
     return [
         f"data: {counts.images} pictures, {counts.captioned} captioned, {counts.described} described, {counts.without_text} without text, "
-        f"{counts.missing} missing, {counts.dropped} dropped by num_repeats, {counts.bad} bad and left out",
+        f"{counts.missing} missing, {counts.dropped} dropped by num_repeats, {counts.bad} bad and left out; "
+        f"not searched: {counts.hidden} hidden names (they start with a dot), {counts.run_folders} folders of training runs",
         f"buckets: {shown}{more}; {run.num_batches} batches an epoch",
         f"captions over {run.parts.keys.max_token_length} tokens: {run.parts.long_captions}",
     ]
+
+
+def _latents(run: Run) -> str:
+    keys, latents = run.parts.keys, run.parts.latents
+    if latents is None:
+        return "encoded in every step"
+    check = latents.check
+    where = "caches beside the pictures" if keys.cache_latents_to_disk else "not written to the disk"
+    read = "kept in memory" if keys.keep_cached_latents_in_memory or not keys.cache_latents_to_disk else "read at each fetch"
+    profiles = latents.num_ignored_profiles
+    return (
+        f"{latents.num_encoded} encoded now ({len(check.invalid)} in place of a cache that was not valid), "
+        f"{check.num_unchanged} caches unchanged, {check.num_checked} checked; {where}, {read}"
+        + (f"; {profiles} pictures with a colour profile that cannot be used" if profiles else "")
+    )
 
 
 def _trained_part(group: dict[str, Any]) -> str:

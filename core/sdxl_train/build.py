@@ -7,20 +7,21 @@ from typing import Any
 
 import torch
 
+from sdxl_train.base_marks import contradicted_marks
 from sdxl_train.config import Settings
 from sdxl_train.console import Console, figures_of
+from sdxl_train.data.caching import PreparedLatents, VaeInUse
 from sdxl_train.data.captions import token_report
 from sdxl_train.data.epoch_plan import num_batches, steps_per_epoch
-from sdxl_train.data.index import Index, build_index
-from sdxl_train.data.latents import EncodedDataset, check_pictures, encode_dataset
 from sdxl_train.data.loader import BatchLoader
+from sdxl_train.dataset import Dataset, records_dir
 from sdxl_train.diffusion import NoiseSchedule
 from sdxl_train.errors import ConfigError
 from sdxl_train.keys import Config
 from sdxl_train.loss_recorder import LossRecorder
 from sdxl_train.metrics import MetricsReader, Speed
 from sdxl_train.model.attention import set_attention
-from sdxl_train.model.single_file import Checkpoint, load_text_encoders, load_unet, load_vae, open_checkpoint
+from sdxl_train.model.single_file import Checkpoint, load_text_encoders, load_unet, load_vae, open_checkpoint, vae_encoder_digest
 from sdxl_train.model.text import check_clip_skip
 from sdxl_train.model.tokenizer import load_tokenizers
 from sdxl_train.run import Parts, Run
@@ -43,20 +44,21 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
     samples = list(settings.samples)
     device, dtype = pick_device(keys), AUTOCAST_DTYPES[keys.mixed_precision]
     base = open_checkpoint(keys.pretrained_model_name_or_path, keys.vae)
-    _refuse_contradicted_marks(base, settings)
+    for problem in contradicted_marks(base, settings):
+        raise ConfigError(problem.message, [problem])
     check_clip_skip(keys.clip_skip, base.architecture)
     if samples:
         # A sampler that cannot do what is asked says so now.
         plugins.hooks.build_sampler(noise_scheduler=NoiseSchedule(keys.prediction_type, keys.zero_terminal_snr))
     tokenizer = load_tokenizers(keys.tokenizer_cache_dir, base.path if Path(base.path).is_dir() else None)
-    index = build_index(keys, plugins.hooks, console.warn)
+    dataset = Dataset(settings, records_dir(keys, output_dir), console, stop.check)
+    index = dataset.index
     stop.check()
 
-    vae = load_vae(base, torch.float32 if keys.no_half_vae else dtype).to(device)  # pyright: ignore[reportArgumentType]
-    vae.requires_grad_(False).eval()
+    vae = load_vae_in_use(base, keys, device)
     unet = load_unet(base, torch.float32)
-    set_attention(unet, vae, "sdpa" if keys.sdpa else "plain")
-    encoded = _encode(index, vae, keys, device, console, stop)
+    set_attention(unet, vae.module, "sdpa" if keys.sdpa else "plain")
+    latents = _latents(dataset, vae, keys)
     unet = unet.to(device).train()  # pyright: ignore[reportArgumentType, reportCallIssue]
     if keys.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -72,7 +74,10 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
     lr_scheduler = plugins.hooks.build_lr_scheduler(
         optimizer=optimizer, num_warmup_steps=keys.lr_warmup_steps, num_training_steps=num_steps
     )
-    store = encoded.latents if encoded else None
+    tokens_known = index.num_tokens.copy()
+    long_captions = token_report(index, keys.max_token_length, lambda text: len(tokenizer.content_ids(text)))
+    if (index.num_tokens != tokens_known).any():
+        dataset.keep_records()
     parts = Parts(
         keys=keys,
         plugins=plugins,
@@ -81,12 +86,13 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
         base=base,
         tokenizer=tokenizer,
         index=index,
-        loader=BatchLoader(index, plugins, keys, store, keys.seed, device),
+        loader=BatchLoader(index, plugins, keys, latents.store if latents else None, keys.seed, device),
         recorder=LossRecorder(keys.loss_recorder_kwargs.gamma, keys.loss_recorder_kwargs.stride),
         metrics=MetricsReader(lambda metrics: _log(run, metrics)),
         speed=Speed(),
         samples=samples,
-        long_captions=token_report(index, keys.max_token_length, lambda text: len(tokenizer.content_ids(text))),
+        latents=latents,
+        long_captions=long_captions,
     )
     run = Run(
         config=settings.values,
@@ -96,7 +102,7 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
         dtype=dtype,
         unet=unet,
         text_encoders=text_encoders,
-        vae=vae,
+        vae=vae.module,
         optimizer=optimizer,
         lr_scheduler=lr_scheduler,
         noise_scheduler=NoiseSchedule(keys.prediction_type, keys.zero_terminal_snr, device),
@@ -122,41 +128,21 @@ def pick_device(keys: Config) -> torch.device:
     return torch.device(name)
 
 
-def _refuse_contradicted_marks(base: Checkpoint, settings: Settings) -> None:
-    """A base that says it predicts velocity, or has zero terminal SNR, is not trained otherwise unless the file says so explicitly."""
-    keys = settings.config
-    for key, mark in (("prediction_type", base.prediction_type), ("zero_terminal_snr", base.zero_terminal_snr)):
-        value = getattr(keys, key)
-        if mark not in (None, value) and value in ("epsilon", False) and key not in settings.given:
-            shown = f'"{mark}"' if isinstance(mark, str) else str(mark).lower()
-            raise ConfigError(
-                f"{base.path} says {key} = {shown}, but the configuration leaves it at its default; "
-                f"set {key} = {shown}, or set the default explicitly to train against the mark"
-            )
+def load_vae_in_use(base: Checkpoint, keys: Config, device: torch.device) -> VaeInUse:
+    """The VAE of the base or of the key `vae`, on its device, in the dtype it runs in."""
+    dtype = torch.float32 if keys.no_half_vae else AUTOCAST_DTYPES[keys.mixed_precision]
+    vae = load_vae(base, dtype).to(device)  # pyright: ignore[reportArgumentType]
+    vae.requires_grad_(False).eval()
+    return VaeInUse(vae, device, vae_encoder_digest(base), str(dtype).removeprefix("torch."))
 
 
-def _encode(index: Index, vae: Any, keys: Config, device: torch.device, console: Console, stop: StopRequest) -> EncodedDataset | None:
+def _latents(dataset: Dataset, vae: VaeInUse, keys: Config) -> PreparedLatents | None:
     """The latents of all pictures; None (after a check of all pictures) where they are encoded in every step."""
-    label = "encoding pictures" if keys.cache_latents else "checking pictures"
-    console.start_progress(label, len(index))
-
-    def on_progress(done: int, total: int) -> None:
-        console.progress(done)
-
-    try:
-        if keys.cache_latents:
-            encoded = encode_dataset(index, vae, keys, device, keys.seed, stop.check, on_progress)
-            bad = encoded.bad
-        else:
-            encoded = None
-            bad = check_pictures(index, keys, stop.check, on_progress)
-    finally:
-        console.end_progress()
-    for image in bad:
-        console.warn(f"left out (bad_images = skip): {image.reason}")
-    if bad:
-        index.leave_out([image.datum for image in bad])
-    return encoded
+    if not keys.cache_latents:
+        dataset.prepare_pictures()
+        return None
+    to_disk = keys.cache_latents_to_disk
+    return dataset.prepare_latents(vae, to_disk, in_memory=keys.keep_cached_latents_in_memory or not to_disk)
 
 
 def _log(run: Run, metrics: dict[str, float]) -> None:

@@ -26,7 +26,7 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key of the file; repeatable, dotted for tables.")
 ]
 
-NOT_BUILT = ("cache", "sample", "check", "preview", "ctl")
+NOT_BUILT = ("sample", "ctl")
 
 
 @app.command()
@@ -38,6 +38,47 @@ def train(file: File, settings: Settings = None) -> None:
     from sdxl_train.training import run_training
 
     run_training(checked)
+
+
+@app.command()
+def cache(file: File, settings: Settings = None) -> None:
+    """Build the latent caches only."""
+    from sdxl_train.config import load_settings
+
+    checked = load_settings(file, settings or (), needs=("data", "cache"))
+    from sdxl_train.cache_command import run_cache
+
+    run_cache(checked)
+
+
+@app.command()
+def check(
+    file: File,
+    settings: Settings = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every picture too: finds damage that headers do not show.")] = False,
+) -> None:
+    """Report the plan of a training and every problem, without loading a model."""
+    from sdxl_train.check import run_check
+
+    sys.exit(run_check(file, settings or (), as_json, decode))
+
+
+@app.command()
+def preview(
+    file: File,
+    settings: Settings = None,
+    epoch: Annotated[int, typer.Option(help="The epoch to show, counted from 1.", min=1)] = 1,
+    num: Annotated[int, typer.Option(help="How many samples, in the order of the training.", min=1)] = 64,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the contact sheets are written.")] = Path("preview"),
+) -> None:
+    """Show what training will draw: captions, flips, crops and timesteps, as a table and as contact sheets."""
+    from sdxl_train.config import load_settings
+
+    checked = load_settings(file, settings or (), needs=("data",))
+    from sdxl_train.preview import run_preview
+
+    run_preview(checked, epoch, num, out)
 
 
 @app.command()

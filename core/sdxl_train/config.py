@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sdxl_train import config_rules, not_built
-from sdxl_train.errors import ConfigError, PluginError
+from sdxl_train.errors import ConfigError, PluginError, Problem
 from sdxl_train.keys import Config
 from sdxl_train.options import Options, flat_keys, option_aliases, resolve_aliases
 from sdxl_train.plugin_discovery import OWN_DISTRIBUTION, Catalogue, distribution_name
@@ -24,8 +24,14 @@ from sdxl_train.text_display import did_you_mean
 from sdxl_train.toml_source import KeyPath, TomlSource, read_toml, show
 
 # A key that a command does not need may be absent; this is what it then reads.
-_NEEDED_BY = {"pretrained_model_name_or_path": ("training", "samples"), "image_dirs": ("data",), "output_dir": ("training", "samples")}
+_NEEDED_BY = {
+    "pretrained_model_name_or_path": ("training", "cache", "samples"),
+    "image_dirs": ("data",),
+    "output_dir": ("training", "samples"),
+}
 _ABSENT = {"pretrained_model_name_or_path": "-", "image_dirs": [], "output_dir": "-"}
+# Keys of files without which the data can still be read.
+_BESIDE_THE_DATA = {"pretrained_model_name_or_path", "vae", "sample_benchmark"}
 
 
 @dataclass(frozen=True)
@@ -54,11 +60,33 @@ def load_settings(path: Path, settings: Sequence[str] = (), needs: Iterable[str]
 
     Args:
         settings: the `--set KEY=VALUE` arguments.
-        needs: what the command works with: "data", "training", "samples".
+        needs: what the command works with: "data", "cache", "training", "samples".
     Raises:
-        ConfigError: all problems together, one a line.
+        ConfigError: all problems together, one a line, and in `problems`.
     """
-    return _Check(read_toml(path, settings), set(needs)).settings()
+    check = _Check(read_toml(path, settings), set(needs))
+    made = check.settings()
+    if made is None or check.problems:
+        raise ConfigError("\n".join(check.problems), tuple(check.problems.values()))
+    return made
+
+
+def read_settings(path: Path, settings: Sequence[str], needs: Iterable[str], problems: list[Problem]) -> Settings | None:
+    """As `load_settings`, for a report that goes on after a problem.
+
+    Args:
+        problems: gets all of them.
+    Returns:
+        The settings, also where only the model's files or the sample benchmark are wrong (`samples` is then empty); else None.
+    """
+    try:
+        check = _Check(read_toml(path, settings), set(needs))
+    except ConfigError as error:
+        problems.append(Problem("config", str(error)))
+        return None
+    made = check.settings()
+    problems += check.problems.values()
+    return made
 
 
 @dataclass
@@ -79,12 +107,13 @@ class _Check:
         self.source = source
         self.needs = needs
         self.catalogue = Catalogue()
-        self.problems: dict[str, None] = {}
+        self.problems: dict[str, Problem] = {}  # by message
         self.bad: set[str] = set()
         self.data = source.data
         self.notes: list[str] = []
 
-    def settings(self) -> Settings:
+    def settings(self) -> Settings | None:
+        """The settings, which hold only together with `problems`; None where what is wrong decides which data there are."""
         self._refuse_values_of_no_option()
         used = [plugin for key in PLUGIN_KEYS.values() for plugin in self._used(key)]
         owners = self._flat_owners(used)
@@ -98,8 +127,8 @@ class _Check:
         self._apply_rules(values)
         plugins = self._plugins(used, config.seed)
         samples = self._samples(config)
-        if self.problems or plugins is None:
-            raise ConfigError("\n".join(self.problems))
+        if plugins is None or self.bad - _BESIDE_THE_DATA:
+            return None
         warnings = [f"{self.source.where((text.split()[0],))}: {text}" for text in config_rules.warnings(values, set(self.data))]
         return Settings(
             config,
@@ -116,7 +145,7 @@ class _Check:
         try:
             return Plugins([Choice(plugin.key.key, plugin.name, plugin.options) for plugin in sound], seed, self.catalogue)
         except PluginError as error:
-            self.problems[f"{self.source.name}: {error}"] = None
+            self._add(f"{self.source.name}: {error}", None)
             return None
 
     def _samples(self, config: Config) -> list[SampleEntry]:
@@ -126,7 +155,8 @@ class _Check:
         try:
             return read_benchmark(Path(config.sample_benchmark), config.sample_params, self.notes.append)
         except ConfigError as error:
-            self.problems.update(dict.fromkeys(str(error).splitlines()))
+            for line in str(error).splitlines():
+                self._add(line, "sample_benchmark")
             return []
 
     @staticmethod
@@ -135,7 +165,10 @@ class _Check:
 
     def _problem(self, path: KeyPath, message: str) -> None:
         self.bad.add(path[0])
-        self.problems[f"{self.source.where(path)}: {message}"] = None
+        self._add(f"{self.source.where(path)}: {message}", ".".join(path))
+
+    def _add(self, message: str, key: str | None) -> None:
+        self.problems.setdefault(message, Problem("config", message, key=key))
 
     def _refuse_values_of_no_option(self) -> None:
         """TOML has values that no option takes: dates, nan and inf, integers beyond 64 bits."""

@@ -78,7 +78,7 @@ def _inputs(values: Values, needs: set[str]) -> Iterator[Rule]:
             if not Path(file).is_file():
                 yield ("metadata_files",), f"metadata_files: {file} is {'not a file' if Path(file).exists() else 'missing'}"
     for key in ("pretrained_model_name_or_path", "vae"):
-        if values.get(key) and not Path(values[key]).exists():
+        if needs & {"training", "cache", "samples"} and values.get(key) and not Path(values[key]).exists():
             yield (key,), f"{key}: {values[key]} is missing"
     if values["sample_benchmark"] is not None and not Path(values["sample_benchmark"]).is_file():
         yield ("sample_benchmark",), f"sample_benchmark: {values['sample_benchmark']} is missing"

@@ -182,10 +182,12 @@ def any_case(text: str) -> str:
 
 
 def _merged(rows: Iterable[Row]) -> list[Row]:
-    """One row for the options of a plugin that has several names."""
+    """One row for the options of a plugin that has several names, and for one entry that several plugins describe in the same words."""
     merged: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        name_free = (row.owners[0].where, row.path[0], row.path[-1])
+        has_own_table = len(row.path) > 2
+        meaning = row.owners[0].where if has_own_table else (row.help, repr(row.default))
+        name_free = (row.path[0], row.path[-1], meaning)
         if name_free in merged:
             first = merged[name_free]
             merged[name_free] = replace(first, owners=(*first.owners, *row.owners), is_used=first.is_used or row.is_used)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from sdxl_train.data.batches import Batch
+from sdxl_train.data.encoding import encode_pixels
 from sdxl_train.data.epoch_plan import epoch_plan
-from sdxl_train.data.latents import encode_pixels, nonfinite_latents_error
+from sdxl_train.data.latents import nonfinite_latents_error
 from sdxl_train.data.loader_processes import WorkerDiedError
 from sdxl_train.devices import to_device
 from sdxl_train.errors import SdxlTrainError
@@ -132,7 +133,7 @@ def _next_batch(run: Run, batches: Iterator[Batch]) -> Batch:
 
 def _refuse_nonfinite_latents(run: Run, encoded: list[tuple[Batch, Tensor]]) -> None:
     index = run.parts.index
-    paths = [index.image_path(batch.data[row]) for batch, finite in encoded for row, good in enumerate(finite.tolist()) if not good]
+    paths = [index.source_path(batch.data[row]) for batch, finite in encoded for row, good in enumerate(finite.tolist()) if not good]
     if paths:
         raise nonfinite_latents_error(paths)
 

@@ -5,7 +5,6 @@ from typing import Any
 
 # key -> what this version does. The default of the key is accepted too, and then counts as this value (one line of the banner says so).
 ACTS_AS: dict[str, Any] = {
-    "records_cache_dir": None,
     "keep_train_states": 1,
     "save_train_state": False,
     "resume_from": None,
@@ -19,10 +18,6 @@ ACTS_AS: dict[str, Any] = {
     "mem_eff_attn": False,
     "xformers": False,
     "diffusers_xformers": False,
-    "cache_latents_to_disk": False,
-    "check_cache_validity": False,
-    "async_cache": False,
-    "keep_cached_latents_in_memory": True,
 }
 REFUSED: dict[str, tuple[Any, ...]] = {"mixed_precision": ("fp16",)}
 

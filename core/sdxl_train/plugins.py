@@ -165,6 +165,11 @@ class Plugins:
         """Whether any plugin answers a chain's hook (the chain itself always does)."""
         return hook in self._chain_members
 
+    def only_default_answers(self, key: str, hook: str) -> bool:
+        """Whether the key's default plugin answers alone: nothing else is named by it and nothing wraps the hook."""
+        named = tuple(plugin.target.name for plugin in self.of_key(key))
+        return named == PLUGIN_KEYS[key].default and not any(hook in _wrapped_hooks(plugin.instance).values() for plugin in self.loaded)
+
     def state_dict(self) -> dict[str, Any]:
         """The state of every plugin that has one, by "key/name"."""
         return {plugin.state_name: plugin.instance.state_dict() for plugin in self.loaded if hasattr(plugin.instance, "state_dict")}

@@ -29,6 +29,8 @@ _EXAMPLES: dict[str, Any] = {
     "learning_rate_te2": 1e-6,
     "block_lr": 1e-5,
     "sample_benchmark": "benchmark.json",
+    "repeats": {"best": 3, "worst": 0},
+    "tags": ["signature"],
 }
 _HEADER = """\
 # sdxl-train {version}: every key with its default. `sdxl-train example` prints this file with the plugins that are installed.

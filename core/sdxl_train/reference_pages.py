@@ -78,7 +78,7 @@ def _cells(row: Row, language: str) -> tuple[str, ...]:
         default = f"`{toml_value(row.default)}`"
     stop, space = (".", " ") if language == "en" else ("。", "")
     meaning = [(row.help if language == "en" else row.zh) + stop]
-    if row.owners and row.owners[0].key.kind == "pick":
+    if row.owners and row.owners[0].key.shape != "list":
         meaning.append(words["only"].format(" / ".join(f"`{plugin.selection}`" for plugin in row.owners)))
     if row.aliases:
         meaning.append(words["aliases"].format(", ".join(f"`{alias}`" for alias in row.aliases)))

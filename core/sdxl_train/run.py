@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     from sdxl_train.console import Console
+    from sdxl_train.data.caching import PreparedLatents
     from sdxl_train.data.captions import TokenReport
     from sdxl_train.data.index import Index
     from sdxl_train.data.loader import BatchLoader
@@ -47,6 +48,7 @@ class Parts:
     metrics: MetricsReader
     speed: Speed
     samples: list[SampleEntry]
+    latents: PreparedLatents | None
     long_captions: TokenReport
 
     @property

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from sdxl_train import ConfigError
-from sdxl_train.config import Settings, load_settings
+from sdxl_train.config import Settings, load_settings, read_settings
+from sdxl_train.errors import Problem
 
 REQUIRED = """
 pretrained_model_name_or_path = "{folder}/base.safetensors"
@@ -113,6 +114,30 @@ def test_a_wrong_value_is_refused_with_what_was_found(load, line: str, found: st
     (problem,) = str(caught.value).splitlines()
     key = line.split("\n")[-1].split(" =")[0]
     assert key in problem and found in problem and "sdxl.toml:" in problem
+
+
+def test_every_problem_is_given_with_its_key_too(load, tmp_path: Path) -> None:
+    (tmp_path / "bench.json").write_text("{}")
+    with pytest.raises(ConfigError) as caught:
+        load(f'batch_sise = 2\nsample_benchmark = "{tmp_path}/bench.json"\n[loss_recorder_kwargs]\ngamma = 2.0', "seed=-1")
+    found = {problem.key: problem for problem in caught.value.problems}
+    assert set(found) == {"batch_sise", "loss_recorder_kwargs.gamma", "seed", "sample_benchmark"}
+    assert [problem.message for problem in caught.value.problems] == str(caught.value).splitlines()
+    assert found["seed"].kind == "config" and found["seed"].message.startswith("--set seed=-1: ")
+
+
+def test_settings_are_read_also_where_only_files_beside_the_data_are_wrong(load, tmp_path: Path) -> None:
+    (tmp_path / "bench.json").write_text("[3]")
+    load()
+    problems: list[Problem] = []
+    sets = ("pretrained_model_name_or_path=gone", f"sample_benchmark={tmp_path}/bench.json", "batch_size=3")
+    settings = read_settings(tmp_path / "sdxl.toml", sets, ("data", "training"), problems)
+    assert settings is not None and (settings.config.batch_size, settings.samples) == (3, ())
+    assert [problem.key for problem in problems] == ["pretrained_model_name_or_path", "sample_benchmark"]
+    assert read_settings(tmp_path / "sdxl.toml", ("resolution=0",), ("data", "training"), problems) is None
+    assert problems[-1].key == "resolution"
+    assert read_settings(tmp_path / "gone.toml", (), ("data", "training"), problems) is None
+    assert "no such file" in problems[-1].message
 
 
 def test_an_integer_is_accepted_for_a_float(load) -> None:

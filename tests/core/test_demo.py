@@ -124,8 +124,8 @@ def test_the_vae_gives_one_colour_back(vae) -> None:
 @torch.no_grad()
 def test_the_scaled_latents_of_the_pictures_have_mean_0_and_deviation_1(vae) -> None:
     from sdxl_train.data.buckets import place
+    from sdxl_train.data.encoding import as_vae_input
     from sdxl_train.data.images import load_pixels
-    from sdxl_train.data.latents import as_vae_input
     from sdxl_train.model.sdxl import encode_latents
 
     latents = []

@@ -68,7 +68,8 @@ class OtherParameters:
 @pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers hands tensors to numpy
 @pytest.mark.parametrize(("key", "name"), BUILT_IN)
 def test_every_built_in_plugin_keeps_the_rules(key: str, name: str) -> None:
-    check_plugin(key, name, **({"step_rules": "1:10,0.1"} if name == "piecewise_constant" else {}))
+    required = {"piecewise_constant": {"step_rules": "1:10,0.1"}, "by_quality": {"repeats": {"best": 2}}, "drop_named_tags": {"tags": ["a"]}}
+    check_plugin(key, name, **required.get(name, {}))
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def pixels_of(index: Index, datum: int, max_image_pixels: int) -> NDArray[np.uin
     Raises:
         DataError: it cannot be read, or has changed.
     """
-    return load_pixels(index.image_path(datum), index.placement(datum), max_image_pixels)
+    return load_pixels(index.image_paths[datum], index.placement(datum), max_image_pixels)
 
 
 def assemble(fetched: FetchedBatch, index: Index, store: LatentStore | None) -> Batch:
@@ -175,7 +175,7 @@ def assemble(fetched: FetchedBatch, index: Index, store: LatentStore | None) -> 
         captions=fetched.captions,
         flipped=fetched.flipped,
         original_sizes=[(int(h), int(w)) for w, h in index.original_sizes[data]],
-        crops=[_crop(index, datum, flipped) for datum, flipped in zip(data, fetched.flipped, strict=True)],
+        crops=[(top, left) for left, top in map(index.crop, data, fetched.flipped)],
         target_sizes=[(height, width)] * len(data),
         data=data,
         places=fetched.places,
@@ -186,9 +186,3 @@ def assemble(fetched: FetchedBatch, index: Index, store: LatentStore | None) -> 
         pixels=None if fetched.pixels is None else torch.from_numpy(fetched.pixels).permute(0, 3, 1, 2),
         index=index,
     )
-
-
-def _crop(index: Index, datum: int, flipped: bool) -> tuple[int, int]:
-    placement = index.placement(datum)
-    left, top = placement.flipped_crop if flipped else placement.crop
-    return int(top), int(left)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from sdxl_train.data.image_info import ImageInfo
 from sdxl_train.hookspecs import Counter, HookSpecs
 from sdxl_train.randomness import FetchRandom
@@ -70,26 +72,16 @@ class TokenReport:
 
 
 def token_report(index: Index, max_token_length: int, count_tokens: Callable[[str], int]) -> TokenReport:
-    """Which trained pictures have a text that will be cut. Only texts that can be too long are tokenised.
+    """Which trained pictures have a text that will be cut. Only texts that can be too long are tokenised, and each only once:
+    `index.num_tokens` keeps the count.
 
     Args:
         count_tokens: the content tokens of a text, uncut.
     """
-    over: list[tuple[int, str]] = []
-    for i in range(len(index)):
-        if index.num_repeats[i] == 0:
-            continue
-        metadata = index.metadata(i)
-        texts = [text for text in (metadata["caption"], metadata["description"]) if text and _may_exceed(text, max_token_length)]
-        tokens = max(map(count_tokens, texts), default=0)
-        if tokens > max_token_length:
-            over.append((tokens, index.key(i)))
-    worst = heapq.nsmallest(NUM_WORST, over, key=lambda entry: (-entry[0], entry[1]))
-    return TokenReport(len(over), tuple((key, tokens) for tokens, key in worst))
-
-
-def _may_exceed(text: str, max_tokens: int) -> bool:
-    """Whether a text can have more tokens: each stands for at least one byte of the lower-cased, NFC-normalised UTF-8 text."""
-    if text.isascii():
-        return len(text) > max_tokens
-    return 3 * len(text.encode("utf-8", "surrogatepass")) > max_tokens  # lower case and NFC make no text three times as long
+    trained = index.num_repeats > 0
+    for row in np.flatnonzero(trained & (index.max_tokens > max_token_length) & (index.num_tokens < 0)).tolist():
+        metadata = index.metadata(row)
+        index.num_tokens[row] = max(count_tokens(text) for text in (metadata["caption"], metadata["description"]) if has_text(text))
+    over = np.flatnonzero(trained & (index.num_tokens > max_token_length)).tolist()
+    worst = heapq.nsmallest(NUM_WORST, over, key=lambda row: (-index.num_tokens[row], index.keys[row]))
+    return TokenReport(len(over), tuple((index.keys[row], int(index.num_tokens[row])) for row in worst))

@@ -1,8 +1,13 @@
 """How often each artist, character, style, quality and folder occurs in a data set."""
 
-import os
-from collections.abc import Iterable
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdxl_train.data.columns import NameColumn
 
 Counter = dict[str, dict[str, int]]
 
@@ -12,37 +17,34 @@ def format_tag(tag: str) -> str:
     return tag.strip().replace(" ", "_").replace("\\(", "(").replace("\\)", ")")
 
 
-def count_tags(all_metadata: Iterable[dict[str, Any]]) -> Counter:
-    """Count over complete metadata of pictures, each picture once.
+def count_tags(
+    artists: NameColumn, characters: NameColumn, styles: NameColumn, qualities: NameColumn, folders: NameColumn, rows: NDArray[np.bool_]
+) -> Counter:
+    """Count over the data in `rows`, each datum once.
 
+    Args:
+        artists, characters, styles, qualities: the fields of the metadata as they are given.
+        folders: the name of each picture's folder.
+        rows: the data that count. [N] bool
     Returns:
         {"artist" | "characters" | "styles" | "quality" | "category": {name: occurrences}} and the aliases `character` and `style`.
-        The category of a picture is the name of its folder. Names of quality are only stripped, the others formatted by `format_tag`.
+        Characters and styles are split at commas. Names of quality are only stripped, folders as they are, the others formatted by
+        `format_tag`.
     """
-    artists: dict[str, int] = {}
-    characters: dict[str, int] = {}
-    styles: dict[str, int] = {}
-    qualities: dict[str, int] = {}
-    categories: dict[str, int] = {}
-    for metadata in all_metadata:
-        _add(artists, [format_tag(metadata["artist"] or "")])
-        _add(characters, map(format_tag, (metadata["characters"] or "").split(",")))
-        _add(styles, map(format_tag, (metadata["styles"] or "").split(",")))
-        _add(qualities, [(metadata["quality"] or "").strip()])
-        if metadata["image_path"]:
-            _add(categories, [os.path.basename(os.path.dirname(os.path.abspath(metadata["image_path"])))])
-    return {
-        "artist": artists,
-        "characters": characters,
-        "styles": styles,
-        "quality": qualities,
-        "category": categories,
-        "character": characters,
-        "style": styles,
+    counter = {
+        "artist": _count(artists, rows, lambda value: [format_tag(value)]),
+        "characters": _count(characters, rows, lambda value: map(format_tag, value.split(","))),
+        "styles": _count(styles, rows, lambda value: map(format_tag, value.split(","))),
+        "quality": _count(qualities, rows, lambda value: [value.strip()]),
+        "category": _count(folders, rows, lambda value: [value]),
     }
+    return counter | {"character": counter["characters"], "style": counter["styles"]}
 
 
-def _add(counts: dict[str, int], names: Iterable[str]) -> None:
-    for name in names:
-        if name:
-            counts[name] = counts.get(name, 0) + 1
+def _count(column: NameColumn, rows: NDArray[np.bool_], names_of: Callable[[str], Iterable[str]]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for value, occurrences in column.occurrences(rows).items():
+        for name in names_of(value):
+            if name:
+                counts[name] = counts.get(name, 0) + occurrences
+    return counts

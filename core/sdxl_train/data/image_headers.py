@@ -8,6 +8,8 @@ import os
 import stat
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
@@ -22,18 +24,53 @@ class BadImage(DataError):  # noqa: N818, a verdict on the picture
 
 
 @dataclass(frozen=True)
+class JpegLayout:
+    """How a JPEG holds its pixels.
+
+    Attributes:
+        names: the identifier of each component.
+        sampling: (across, down) of each component, relative to the others.
+        adobe_rgb: stored as RGB, not as luma and colour differences.
+        scan_at: offset in bytes of the first scan's marker.
+        one_scan: whether that scan holds all the pixels (neither progressive nor a scan a component).
+    """
+
+    names: tuple[int, ...]
+    sampling: tuple[tuple[int, int], ...]
+    adobe_rgb: bool
+    scan_at: int
+    one_scan: bool
+
+    @property
+    def grey(self) -> bool:
+        return len(self.names) == 1
+
+    @property
+    def full_colour(self) -> bool:
+        """Three components of one size (4:4:4)."""
+        return len(self.names) == 3 and len(set(self.sampling)) == 1
+
+    @property
+    def half_colour(self) -> bool:
+        """Colours of half the width and half the height (4:2:0)."""
+        return self.sampling == ((2, 2), (1, 1), (1, 1)) and not self.adobe_rgb
+
+
+@dataclass(frozen=True)
 class ImageHeader:
     """
     Attributes:
         size: (w, h) in px as stored, before the orientation is applied.
         orientation: 1 ... 8 as in Exif; 1 is upright, 5 ... 8 swap the sides.
         frames: more than 1 for an animation.
+        jpeg: of a JPEG only.
     """
 
     format: Literal["PNG", "JPEG", "WEBP", "BMP"]
     size: tuple[int, int]
     orientation: int = 1
     frames: int = 1
+    jpeg: JpegLayout | None = None
 
     @property
     def upright_size(self) -> tuple[int, int]:
@@ -48,34 +85,54 @@ def read_header(path: str) -> ImageHeader:
         BadImage: with the reason alone, for a file that is missing, unreadable, of another format, or incomplete.
         OSError: when the machine is at fault and not the file (too many open files).
     """
+    with open_picture(path) as file:
+        return parse_header(file)
+
+
+@contextmanager
+def open_picture(path: str) -> Iterator[BinaryIO]:
+    """Open a regular file to be read.
+
+    Raises:
+        BadImage: with the reason alone, for a file that is missing or unreadable, also when that shows while it is read.
+        OSError: when the machine is at fault and not the file.
+    """
     try:
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):
+        if not stat.S_ISREG(os.stat(path).st_mode):  # before it is opened: a pipe would wait for its writer
             raise BadImage("it is not a regular file")
         with open(path, "rb", buffering=0) as file:
-            return _parse(_Bytes(file))
-    except (struct.error, zlib.error) as error:
-        raise BadImage(f"its header cannot be read: {error}") from error
+            yield file
     except OSError as error:
         raise unreadable(error) from error
 
 
-def check_png_sums(path: str) -> None:
+def parse_header(file: BinaryIO) -> ImageHeader:
+    """As `read_header`, of a file that is open; its position changes.
+
+    Raises:
+        BadImage: with the reason alone, for another format or an incomplete file.
+    """
+    try:
+        return _parse(_Bytes(file))
+    except (struct.error, zlib.error) as error:
+        raise BadImage(f"its header cannot be read: {error}") from error
+
+
+def check_png_sums(file: BinaryIO) -> None:
     """Compare the checksums of a PNG's pixel chunks; Pillow does not, and decodes many a flipped bit into a wrong picture.
 
     Raises:
         BadImage: with the reason alone.
     """
-    with open(path, "rb") as file:
-        file_length = file.seek(0, os.SEEK_END)
-        file.seek(8)
-        while len(prefix := file.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", prefix)
-            body, stored = file.read(min(length, file_length)), file.read(4)
-            if kind == b"IDAT" and zlib.crc32(body, zlib.crc32(kind)) != int.from_bytes(stored, "big"):
-                raise BadImage("its pixels are damaged: the checksum of a PNG chunk (IDAT) does not fit")
-            if kind == b"IEND":
-                return
+    file_length = file.seek(0, os.SEEK_END)
+    file.seek(8)
+    while len(prefix := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", prefix)
+        body, stored = file.read(min(length, file_length)), file.read(4)
+        if kind == b"IDAT" and zlib.crc32(body, zlib.crc32(kind)) != int.from_bytes(stored, "big"):
+            raise BadImage("its pixels are damaged: the checksum of a PNG chunk (IDAT) does not fit")
+        if kind == b"IEND":
+            return
 
 
 def unreadable(error: OSError) -> Exception:
@@ -93,7 +150,8 @@ class _Bytes:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self.length = os.fstat(file.fileno()).st_size
+        self.length = file.seek(0, os.SEEK_END)
+        file.seek(0)
         self._head = file.read(HEAD_BYTES)
 
     def at(self, offset: int, count: int) -> bytes:
@@ -170,6 +228,7 @@ def _packed_part(kind: bytes, body: bytes) -> bytes | None:
 
 def _jpeg(data: _Bytes) -> ImageHeader:
     size, orientation, offset = None, 1, 2
+    names, sampling, sequential, adobe_rgb = (), (), False, False
     while True:
         prefix = data.at(offset, 4)
         if len(prefix) < 4 or prefix[0] != 0xFF:
@@ -184,6 +243,11 @@ def _jpeg(data: _Bytes) -> ImageHeader:
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame header; the excepted are tables
             height, width = struct.unpack(">HH", data.at(offset + 5, 4))
             size = width, height
+            sequential = marker in (0xC0, 0xC1)  # Huffman coded
+            fields = data.at(offset + 9, length - 7)
+            names, sampling = tuple(fields[1::3]), tuple((byte >> 4, byte & 15) for byte in fields[2::3])
+        elif marker == 0xEE and data.at(offset + 4, 5) == b"Adobe":
+            adobe_rgb = data.at(offset + 15, 1) == b"\0"
         elif marker == 0xE1 and data.at(offset + 4, 6) == b"Exif\0\0":
             orientation = exif_orientation(data.at(offset + 10, length - 8))
         offset += 2 + length
@@ -194,7 +258,9 @@ def _jpeg(data: _Bytes) -> ImageHeader:
     if not tail.rstrip(b"\0").endswith(b"\xff\xd9") and b"\xff\xd9" not in data.at(offset, data.length - offset):
         raise BadImage("it is cut: a JPEG without its end (EOI)")
     # Further pictures of a Multi-Picture file (previews, gain maps) are no frames: the first one is the picture by definition.
-    return ImageHeader("JPEG", size, orientation)
+    one_scan = sequential and data.at(offset + 4, 1) == bytes([len(names)])
+    layout = JpegLayout(names, sampling, adobe_rgb or names == tuple(b"RGB"), offset, one_scan)
+    return ImageHeader("JPEG", size, orientation, jpeg=layout)
 
 
 def _webp(data: _Bytes) -> ImageHeader:

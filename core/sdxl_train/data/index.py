@@ -4,45 +4,42 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter as Tally
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sdxl_train.data.buckets import Placement, choose_buckets, cover
-from sdxl_train.data.counter import Counter, count_tags
-from sdxl_train.data.image_headers import BadImage
+from sdxl_train.data.buckets import Placement, cover
+from sdxl_train.data.columns import NameColumn, TextColumn
+from sdxl_train.data.counter import Counter
 from sdxl_train.data.image_info import ImageInfo
-from sdxl_train.data.images import image_header
-from sdxl_train.data.metadata import complete, problem_list
-from sdxl_train.data.sources import Candidates, find_candidates
+from sdxl_train.data.latent_file import cache_path_of, sd_scripts_cache_name
+from sdxl_train.data.metadata import complete
 from sdxl_train.errors import DataError
 from sdxl_train.model.architecture import PX_PER_LATENT
-from sdxl_train.text_display import listed
 
-if TYPE_CHECKING:
-    from sdxl_train.hookspecs import HookSpecs
-    from sdxl_train.keys import Config
+Ints = NDArray[np.int32]
+Stamps = NDArray[np.int64]  # [N, 4]: size in bytes, mtime_ns, ctime_ns and inode of a file; zeros where nothing is known of it
 
-_HEADERS_AT_ONCE = 256  # files of one piece of work for a thread
+# Where the cache of a picture is: named after it beside it, at its `cache_paths`, or beside it with its size in the name.
+BESIDE, ELSEWHERE, SIZED = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of the data, in pictures.
+    """What became of the data, in data (not samples).
 
     Attributes:
-        images: that are trained.
+        images: that are trained, caches without a picture included.
         captioned, described, without_text: of these, how many have a tag caption, a description, neither.
         missing: in the metadata, but without a file.
         dropped: by a repeat count of 0.
         bad: left out as `bad_images = "skip"` says.
         hidden, run_folders: names left out of the search because they start with a dot, and folders that hold a training run.
         samples_per_epoch: the sum of the repeats.
-        buckets: pictures of each bucket (w, h), sorted.
+        buckets: data of each bucket (w, h), sorted.
     """
 
     images: int = 0
@@ -58,228 +55,209 @@ class Summary:
     buckets: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
-class TextColumn:
-    """N texts in one buffer: 8 bytes each beside their own."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
-        self._buffer = b"".join(encoded)
-        self._ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, i: int) -> str:
-        start = self._ends[i - 1] if i > 0 else 0
-        return self._buffer[start : self._ends[i]].decode("utf-8", "surrogateescape")
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[i] for i in range(len(self)))
-
-
-class Index:
-    """The N pictures to train, sorted by key. Metadata and `ImageInfo` are made afresh when they are asked for.
+@dataclass
+class Caches:
+    """What was found out about the cache of each datum, when its stamp was as it is here.
 
     Attributes:
-        image_sizes: upright (w, h) of each picture in px. [N, 2] int32
-        original_sizes: the metadata's `original_size`, else the picture's. [N, 2] int32
-        bucket_sizes: (w, h) of its bucket in px. [N, 2] int32
-        num_repeats: how often it is trained per epoch, >= 1; 0 once it is left out. [N] int32
-        has_caption, has_description: whether it has that text. [N] bool
-        counter: as in `count_repeats`, with the aliases `character` and `style`; pictures dropped by 0 repeats are counted too.
-        summary: what became of the data.
+        stamps: of the file; zeros where there is none, or none that can be used. [N, 4]
+        is_verified: its values and its origin were checked, not only its header. [N] bool
+        offsets: where the latents and the flipped latents start in it, in bytes; -1 where they cannot be read as they lie. [N, 2] int64
+        sizes: the bucket (w, h) in px that its latents fill. [N, 2]
+        crops: left, top, and left once flipped, that it stores, in px of the resized picture. [N, 3]
+        has_flipped: whether it holds flipped latents. [N] bool
+        places: BESIDE, ELSEWHERE or SIZED. [N] int8
     """
 
-    def __init__(
-        self,
-        keys: Iterable[str],
-        image_paths: Iterable[str],
-        rows: Iterable[str],
-        image_sizes: np.ndarray,
-        original_sizes: np.ndarray,
-        bucket_sizes: np.ndarray,
-        num_repeats: np.ndarray,
-        has_caption: np.ndarray,
-        has_description: np.ndarray,
-        counter: Counter,
-        left_out: Summary,
-    ) -> None:
-        """The arguments are the columns; `left_out` counts what is not in them."""
-        self._keys = TextColumn(keys)
-        self._image_paths = TextColumn(image_paths)
-        self._rows = TextColumn(rows)  # the fields as JSON
-        self.image_sizes = image_sizes.astype(np.int32)
-        self.original_sizes = original_sizes.astype(np.int32)
-        self.bucket_sizes = bucket_sizes.astype(np.int32)
-        self.num_repeats = num_repeats.astype(np.int32)
-        self.has_caption = has_caption
-        self.has_description = has_description
-        self.counter = counter
-        self.summary = self._count(left_out)
+    stamps: Stamps
+    is_verified: NDArray[np.bool_]
+    offsets: NDArray[np.int64]
+    sizes: Ints
+    crops: Ints
+    has_flipped: NDArray[np.bool_]
+    places: NDArray[np.int8]
+
+    @classmethod
+    def unknown(cls, count: int) -> Caches:
+        """Nothing is known of any."""
+        return cls(
+            np.zeros((count, 4), np.int64),
+            np.zeros(count, bool),
+            np.full((count, 2), -1, np.int64),
+            np.zeros((count, 2), np.int32),
+            np.zeros((count, 3), np.int32),
+            np.zeros(count, bool),
+            np.zeros(count, np.int8),
+        )
+
+    def forget(self, rows: Any) -> None:
+        """These have changed."""
+        self.stamps[rows] = 0
+        self.is_verified[rows] = False
+
+
+@dataclass
+class Index:
+    """N data, sorted by key. Metadata and `ImageInfo` are made afresh when they are asked for.
+
+    Attributes:
+        keys: file names without extension.
+        image_paths: the picture's file, as found; '' where there is only a cache.
+        cache_paths: the cache's file, where it is not found by the picture's name; else ''.
+        texts: the fields of the metadata as JSON.
+        artists, characters, styles, qualities: these fields, as given.
+        folders: the name of the picture's folder.
+        image_sizes: upright (w, h) of each picture in px; of a cache alone the stored original size, else its bucket. [N, 2]
+        given_sizes: the metadata's `original_size`, else 0. [N, 2]
+        original_sizes: the metadata's `original_size`, else the picture's. [N, 2]
+        bucket_sizes: (w, h) of its bucket in px. [N, 2]
+        num_repeats: how often it is trained per epoch; 0 where it is left out. [N]
+        has_caption, has_description: whether it has that text. [N] bool
+        max_tokens: how many tokens its longer text can have at most. [N]
+        num_tokens: how many it has; -1 where nobody has counted. [N]
+        stamps: of the picture (of the cache, where there is none) when its header was read. [N, 4]
+        is_bad: it cannot be trained. [N] bool
+        is_decoded: the whole picture was decoded once, without a fault. [N] bool
+        caches: what is known of the caches.
+        counter: as in `count_repeats`, with its aliases; data dropped by 0 repeats are counted too.
+        missing: keys of the metadata that have no file.
+        hidden, run_folders: see `Summary`.
+        placed_for: `resolution` and `bucket_reso_step` by which buckets were chosen.
+        vae_digest: of the VAE whose caches were found valid.
+        uses_caches: caches were checked in this run, and latents come from them.
+    """
+
+    keys: TextColumn
+    image_paths: TextColumn
+    cache_paths: TextColumn
+    texts: TextColumn
+    artists: NameColumn
+    characters: NameColumn
+    styles: NameColumn
+    qualities: NameColumn
+    folders: NameColumn
+    image_sizes: Ints
+    given_sizes: Ints
+    original_sizes: Ints
+    bucket_sizes: Ints
+    num_repeats: Ints
+    has_caption: NDArray[np.bool_]
+    has_description: NDArray[np.bool_]
+    max_tokens: Ints
+    num_tokens: Ints
+    stamps: Stamps
+    is_bad: NDArray[np.bool_]
+    is_decoded: NDArray[np.bool_]
+    caches: Caches
+    counter: Counter = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    hidden: int = 0
+    run_folders: list[str] = field(default_factory=list)
+    placed_for: tuple[int, int] = (0, 0)
+    vae_digest: str = ""
+    uses_caches: bool = False
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self.keys)
 
     def key(self, i: int) -> str:
         """The file name without extension."""
-        return self._keys[i]
+        return self.keys[i]
 
-    def image_path(self, i: int) -> str:
-        """The picture's file, as found."""
-        return self._image_paths[i]
+    def image_path(self, i: int) -> str | None:
+        """The picture's file, as found; None where there is only a cache."""
+        return self.image_paths[i] or None
+
+    def cache_path(self, i: int) -> str:
+        """Where the datum's cache is, or will be."""
+        return self.cache_path_at(i, int(self.caches.places[i]))
+
+    def cache_path_at(self, i: int, place: int) -> str:
+        """Where the datum's cache is if it is BESIDE, ELSEWHERE or SIZED; without a picture, where it was found."""
+        image, elsewhere = self.image_paths[i], self.cache_paths[i]
+        if not image or (elsewhere and place == ELSEWHERE):
+            return elsewhere
+        if place == SIZED:
+            return sd_scripts_cache_name(os.path.splitext(image)[0], pair(self.image_sizes[i]))
+        return cache_path_of(image)
+
+    def source_path(self, i: int) -> str:
+        """The picture, or the cache where there is none: what to name in a message."""
+        return self.image_paths[i] or self.cache_paths[i]
 
     def metadata(self, i: int) -> dict[str, Any]:
         """Every documented field (None when absent) and all further ones, as a fresh dict."""
-        return complete(json.loads(self._rows[i]), self._image_paths[i])
+        return complete(json.loads(self.texts[i]), self.image_path(i))
 
     def placement(self, i: int) -> Placement:
         """How the picture is resized and cropped for its bucket."""
-        return cover(_pair(self.image_sizes[i]), _pair(self.bucket_sizes[i]))
+        return cover(pair(self.image_sizes[i]), pair(self.bucket_sizes[i]))
+
+    def crop(self, i: int, flipped: bool) -> tuple[int, int]:
+        """(left, top) in px of what was cut off the resized (and then flipped) picture; of a cache, as it says."""
+        if self._has_cache(i):
+            left, top, flipped_left = self.caches.crops[i].tolist()
+            return (flipped_left if flipped else left), top
+        placement = self.placement(i)
+        return placement.flipped_crop if flipped else placement.crop
 
     def info(self, i: int) -> ImageInfo:
         """What caption hooks are told; a fresh view each time."""
         metadata = self.metadata(i)
-        width, height = _pair(self.bucket_sizes[i])
+        width, height = pair(self.bucket_sizes[i])
         return ImageInfo(
-            key=self._keys[i],
+            key=self.keys[i],
             metadata=metadata,
             caption=metadata["caption"],
             description=metadata["description"],
-            image_size=_pair(self.image_sizes[i]),
-            original_size=_pair(self.original_sizes[i]),
+            image_size=pair(self.image_sizes[i]),
+            original_size=pair(self.original_sizes[i]),
             latent_size=(width // PX_PER_LATENT, height // PX_PER_LATENT),
             bucket_size=(width, height),
             num_repeats=int(self.num_repeats[i]),
-            npz_path=None,
-            image_path=self._image_paths[i],
+            npz_path=self.cache_path(i) if self._has_cache(i) else None,
+            image_path=self.image_path(i),
         )
 
+    def _has_cache(self, i: int) -> bool:
+        return not self.image_paths[i] or (self.uses_caches and bool(self.caches.stamps[i].any()))
+
     def leave_out(self, data: Sequence[int]) -> None:
-        """Train these pictures no longer, since they proved bad when they were decoded. Their rows stay, with 0 repeats.
+        """Train these no longer, since they proved bad when they were decoded. Their rows stay, with 0 repeats.
 
         Raises:
-            DataError: no picture is left.
+            DataError: nothing is left.
         """
-        self.num_repeats[list(data)] = 0
-        self.summary = self._count(replace(self.summary, bad=self.summary.bad + len(data)))
-        if not self.summary.images:
+        rows = list(data)
+        self.num_repeats[rows] = 0
+        self.is_bad[rows] = True
+        self.stamps[rows] = 0  # so that the next start looks at them again
+        if not self.num_repeats.any():
             raise DataError(f"no picture is left to train: all {len(self)} are bad")
 
-    def _count(self, left_out: Summary) -> Summary:
-        """The counts of `left_out`, completed by those of the pictures that are trained."""
+    @property
+    def summary(self) -> Summary:
+        """What became of the data."""
         trained = self.num_repeats > 0
         texts = np.stack([self.has_caption, self.has_description])[:, trained]
-        return replace(
-            left_out,
+        packed = self.bucket_sizes[trained].astype(np.int64) @ np.array([1 << 32, 1])  # much faster than np.unique over pairs
+        buckets, counts = np.unique(packed, return_counts=True)
+        return Summary(
             images=int(trained.sum()),
             captioned=int(texts[0].sum()),
             described=int(texts[1].sum()),
             without_text=int((~texts.any(axis=0)).sum()),
+            missing=len(self.missing),
+            dropped=int((~trained & ~self.is_bad).sum()),
+            bad=int(self.is_bad.sum()),
+            hidden=self.hidden,
+            run_folders=len(self.run_folders),
             samples_per_epoch=int(self.num_repeats.sum(dtype=np.int64)),
-            buckets=dict(sorted(Tally(map(tuple, self.bucket_sizes[trained].tolist())).items())),
+            buckets={divmod(bucket, 1 << 32): count for bucket, count in zip(buckets.tolist(), counts.tolist(), strict=True)},
         )
 
 
-def build_index(config: Config, hooks: HookSpecs, warn: Callable[[str], None]) -> Index:
-    """Find the data, check every picture's header, count, ask `count_repeats` once for each picture, and place the pictures.
-
-    Args:
-        hooks: `count_repeats` is asked.
-        warn: is told once about missing pictures, folders of runs, pictures without text, and about each picture skipped.
-    Raises:
-        DataError: all problems of the first stage that finds any: metadata and texts, names, pictures; or nothing is left to train.
-        PluginError: from `count_repeats`.
-    """
-    found = find_candidates(config)
-    sizes, bad = _check_headers(found.image_paths, config)
-    if bad and config.bad_images == "error":
-        heading = 'bad pictures; mend or remove them, or set bad_images = "skip" to train without them'
-        raise DataError(problem_list(heading, list(bad.values())))
-    if found.missing:
-        warn(f"{len(found.missing)} pictures of metadata_files have no file and are left out: {listed(found.missing)}")
-    if found.run_folders:
-        warn(f"{len(found.run_folders)} folders hold a training run and are no data: {listed(found.run_folders)}")
-    for problem in bad.values():
-        warn(f"left out, {problem}")
-
-    good = [i for i in range(len(found.keys)) if i not in bad]
-    counter = count_tags(_metadata(found, i) for i in good)
-    repeats = np.array([hooks.count_repeats(img_key=found.keys[i], img_md=_metadata(found, i), counter=counter) for i in good], np.int64)
-    kept = [i for i, count in zip(good, repeats, strict=True) if count > 0]
-    left_out = Summary(
-        missing=len(found.missing), dropped=len(good) - len(kept), bad=len(bad), hidden=found.hidden, run_folders=len(found.run_folders)
-    )
-    if not kept:
-        raise DataError(_nothing_to_train(config, found, left_out))
-    return _assemble(config, found, kept, sizes[kept], repeats[repeats > 0], counter, left_out, warn)
-
-
-def _assemble(
-    config: Config,
-    found: Candidates,
-    kept: list[int],
-    sizes: np.ndarray,
-    repeats: np.ndarray,
-    counter: Counter,
-    left_out: Summary,
-    warn: Callable[[str], None],
-) -> Index:
-    """The index of the pictures `kept`, of which `sizes` and `repeats` are given."""
-    original_sizes = sizes.copy()
-    has_caption, has_description = np.zeros(len(kept), bool), np.zeros(len(kept), bool)
-    for row, i in enumerate(kept):
-        metadata = _metadata(found, i)
-        original_sizes[row] = metadata["original_size"] or sizes[row]
-        has_caption[row], has_description[row] = bool(metadata["caption"]), bool(metadata["description"])
-    buckets = choose_buckets(sizes, config.resolution, config.bucket_reso_step)
-    keys, paths, rows = ([column[i] for i in kept] for column in (found.keys, found.image_paths, found.rows))
-    without_text = [keys[row] for row in np.flatnonzero(~has_caption & ~has_description)]
-    if without_text:
-        warn(f"{len(without_text)} pictures have neither caption nor description and are trained on the empty text: {listed(without_text)}")
-    return Index(keys, paths, rows, sizes, original_sizes, buckets, repeats, has_caption, has_description, counter, left_out)
-
-
-def _metadata(found: Candidates, i: int) -> dict[str, Any]:
-    return complete(json.loads(found.rows[i]), found.image_paths[i])
-
-
-def _check_headers(paths: list[str], config: Config) -> tuple[np.ndarray, dict[int, str]]:
-    """Upright (w, h) of each picture [N, 2], and the problem of each bad one by its position, in order."""
-
-    def check(start: int) -> list[tuple[int, int] | str]:
-        answers: list[tuple[int, int] | str] = []
-        for path in paths[start : start + _HEADERS_AT_ONCE]:
-            try:
-                answers.append(image_header(path, config.max_image_pixels))
-            except BadImage as problem:
-                answers.append(str(problem))
-        return answers
-
-    starts = range(0, len(paths), _HEADERS_AT_ONCE)
-    num_threads = max(1, min(config.max_dataset_n_workers, (os.cpu_count() or 1) - 1))
-    if num_threads == 1:
-        checked = [answer for start in starts for answer in check(start)]
-    else:
-        with ThreadPoolExecutor(num_threads) as pool:
-            checked = [answer for answers in pool.map(check, starts) for answer in answers]
-    bad = {i: answer for i, answer in enumerate(checked) if isinstance(answer, str)}
-    sizes = [(0, 0) if isinstance(answer, str) else answer for answer in checked]
-    return np.array(sizes, np.int64).reshape(-1, 2), bad
-
-
-def _nothing_to_train(config: Config, found: Candidates, left_out: Summary) -> str:
-    where = listed(config.metadata_files or config.image_dirs)
-    reasons = {
-        "without a file": left_out.missing,
-        "bad": left_out.bad,
-        "dropped by num_repeats_getter (0 repeats)": left_out.dropped,
-        "names left out because they start with a dot": left_out.hidden,
-        "folders left out because they hold a training run": left_out.run_folders,
-    }
-    counts = "; ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
-    return f"no picture is left to train: {len(found.keys) + left_out.missing} found in {where}" + (f" ({counts})" if counts else "")
-
-
-def _pair(row: np.ndarray) -> tuple[int, int]:
+def pair(row: NDArray[Any]) -> tuple[int, int]:
+    """(w, h) as plain ints."""
     width, height = row.tolist()
     return width, height

@@ -6,8 +6,9 @@ Left out and counted: names that start with a dot, and folders of training runs,
 import os
 from dataclasses import dataclass, field
 
+from sdxl_train.data.latent_file import cache_key
 from sdxl_train.data.names import IMAGE_EXTENSIONS, split_name
-from sdxl_train.errors import DataError
+from sdxl_train.errors import Problem
 from sdxl_train.text_display import shown
 
 
@@ -16,34 +17,47 @@ class FoundFiles:
     """
     Attributes:
         images: path of every picture, sorted.
+        caches: path of every .npz file, sorted.
         texts: path of every .txt file.
         hidden: names left out because they start with a dot; a folder counts once.
         run_folders: folders left out because they hold a training run.
+        folders: every folder that was searched, with its mtime_ns from before.
     """
 
     images: list[str] = field(default_factory=list)
+    caches: list[str] = field(default_factory=list)
     texts: set[str] = field(default_factory=set)
     hidden: int = 0
     run_folders: list[str] = field(default_factory=list)
+    folders: dict[str, int] = field(default_factory=dict)
 
-    def by_key(self) -> dict[str, list[str]]:
+    def images_by_key(self) -> dict[str, list[str]]:
         """The pictures of each key, each list sorted."""
         found: dict[str, list[str]] = {}
         for path in self.images:
             found.setdefault(split_name(path)[0], []).append(path)
         return found
 
+    def caches_by_key(self) -> dict[str, list[str]]:
+        """The caches of each key: those named after it, if there are any, else those with a size in their name; each list sorted."""
+        plain: dict[str, list[str]] = {}
+        sized: dict[str, list[str]] = {}
+        for path in self.caches:
+            key, has_size = cache_key(os.path.basename(path))
+            (sized if has_size else plain).setdefault(key, []).append(path)
+        return sized | plain
 
-def find_files(image_dirs: list[str]) -> FoundFiles:
+
+def find_files(image_dirs: list[str], problems: list[Problem]) -> FoundFiles:
     """Search all folders, following links; a folder reachable in several ways is searched once.
 
-    Raises:
-        DataError: naming every folder that is missing or cannot be read.
+    Args:
+        problems: gets every folder that is missing or cannot be read.
     """
-    found, problems, visited = FoundFiles(), [], set()
+    found, visited = FoundFiles(), set()
     for root in image_dirs:
         if not os.path.isdir(root):
-            problems.append(f"image_dirs: there is no folder {shown(root)}")
+            problems.append(Problem("data", f"image_dirs: there is no folder {shown(root)}", path=root))
     waiting = [root for root in reversed(image_dirs) if os.path.isdir(root)]
     while waiting:
         folder = waiting.pop()
@@ -53,37 +67,40 @@ def find_files(image_dirs: list[str]) -> FoundFiles:
                 continue
             visited.add((status.st_dev, status.st_ino))
             with os.scandir(folder) as scan:
-                entries = sorted(scan, key=lambda entry: entry.name)
-            waiting += reversed(_sort_entries(folder, entries, found))
+                entries = list(scan)
         except OSError as error:
-            problems.append(f"image_dirs: the folder {shown(folder)} cannot be read: {error.strerror or error}")
-    if problems:
-        raise DataError("\n".join(problems))
+            message = f"image_dirs: the folder {shown(folder)} cannot be read: {error.strerror or error}"
+            problems.append(Problem("data", message, path=folder))
+            continue
+        if holds_a_run(entries):
+            found.run_folders.append(folder)
+        else:
+            found.folders[folder] = status.st_mtime_ns
+            waiting += sorted(_sort_entries(entries, found), reverse=True)
     found.images.sort()
+    found.caches.sort()
     return found
 
 
-def _sort_entries(folder: str, entries: list[os.DirEntry[str]], found: FoundFiles) -> list[str]:
+def holds_a_run(entries: list[os.DirEntry[str]]) -> bool:
+    """A run's folder holds its lock, `.lock`, and its logs from the first moment on; `models` and `samples` come later."""
+    return any(entry.name == ".lock" for entry in entries) and any(entry.name == "logs" and entry.is_dir() for entry in entries)
+
+
+def _sort_entries(entries: list[os.DirEntry[str]], found: FoundFiles) -> list[str]:
     """Note the folder's files and answer its sub-folders."""
     folders = []
-    if _holds_a_run(entries):
-        found.run_folders.append(folder)
-        return folders
     for entry in entries:
         if entry.name.startswith("."):
             found.hidden += 1
         elif entry.is_dir():
             folders.append(entry.path)
         else:
-            extension = split_name(entry.name)[1]
+            extension = os.path.splitext(entry.name)[1].lower()
             if extension in IMAGE_EXTENSIONS:
                 found.images.append(entry.path)
+            elif extension == ".npz":
+                found.caches.append(entry.path)
             elif entry.name.endswith(".txt"):
                 found.texts.add(entry.path)
     return folders
-
-
-def _holds_a_run(entries: list[os.DirEntry[str]]) -> bool:
-    """A run's folder holds its lock, `.lock`, and its logs from the first moment on; `models` and `samples` come later."""
-    names = {entry.name for entry in entries}
-    return ".lock" in names and any(entry.name == "logs" and entry.is_dir() for entry in entries)

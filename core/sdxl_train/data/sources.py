@@ -1,101 +1,273 @@
-"""Which pictures a configuration names, and what is known about them: by metadata files, or all pictures below `image_dirs`."""
+"""Which data a configuration names, and what is known about them: by metadata files, or all pictures and caches below `image_dirs`."""
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass, field
+import struct
+import time
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-from sdxl_train.data.metadata import fields_from_tags, problem_list, read_caption_file, read_metadata_files
+import numpy as np
+from numpy.typing import NDArray
+
+from sdxl_train.data.columns import TextColumn
+from sdxl_train.data.latent_file import cache_path_of
+from sdxl_train.data.metadata import read_caption_file
+from sdxl_train.data.metadata_files import read_metadata_files
 from sdxl_train.data.names import split_name
-from sdxl_train.data.search import FoundFiles, find_files
-from sdxl_train.errors import DataError
+from sdxl_train.data.rows import Rows, rows_of_captions
+from sdxl_train.data.search import FoundFiles, find_files, holds_a_run
+from sdxl_train.errors import DataError, Problem
 from sdxl_train.text_display import shown
 
 if TYPE_CHECKING:
     from sdxl_train.keys import Config
 
+# A folder that changed so shortly before it was read may change again without another time stamp.
+_UNSURE_NS = 2_000_000_000
+
+FileStamp = tuple[int, int, int, int]  # size, mtime_ns, ctime_ns, inode
+
 
 @dataclass
 class Candidates:
-    """Pictures in order of their keys, before any file is opened.
+    """The data in order of their keys, before any picture or cache is opened.
 
     Attributes:
-        keys, image_paths, rows: of each picture its key, its file and its fields as JSON text.
+        rows: what is known of each datum.
+        image_paths: its picture; '' where there is only a cache.
+        cache_paths: its cache, where that does not have the picture's name beside the picture; else ''.
         missing: keys of the metadata for which there is no file.
         hidden, run_folders: what the search left out, see `FoundFiles`.
+        inputs: what all this was read from.
     """
 
-    keys: list[str] = field(default_factory=list)
-    image_paths: list[str] = field(default_factory=list)
-    rows: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    hidden: int = 0
+    rows: Rows
+    image_paths: TextColumn
+    cache_paths: TextColumn
+    missing: list[str]
+    hidden: int
+    run_folders: list[str]
+    inputs: Inputs
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What decides which data there are. While it is the same, nothing needs to be searched or parsed again.
+
+    Attributes:
+        keys: `image_dirs` and `metadata_files`, with the working directory.
+        files: stamp of each metadata file.
+        captions: digest of the stamps of all caption files (`captions_digest`); '' where captions come from metadata files.
+        folders: mtime_ns of each folder that was searched; -1 where it cannot tell whether the folder has changed.
+        run_folders: folders left out because they hold a run.
+        absent: paths named by the metadata of missing data.
+    """
+
+    keys: list[list[str]]
+    files: dict[str, list[int]] = field(default_factory=dict)
+    captions: str = ""
+    folders: dict[str, int] = field(default_factory=dict)
     run_folders: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
 
-    def add(self, key: str, image_path: str, row: str) -> None:
-        """Append one picture."""
-        self.keys.append(key)
-        self.image_paths.append(image_path)
-        self.rows.append(row)
+    def still_hold(self, config: Config) -> bool:
+        """Whether a search now would find the same files; captions beside pictures are looked at by `captions_digest`."""
+        return (
+            self.keys == _input_keys(config)
+            and all(mtime == _folder_mtime(folder) for folder, mtime in self.folders.items())
+            and all(list(file_stamp(path) or ()) == stamp for path, stamp in self.files.items())
+            and all(map(_is_run_folder, self.run_folders))
+            and not any(map(os.path.isfile, self.absent))
+        )
 
 
-def find_candidates(config: Config) -> Candidates:
-    """All pictures of the data set.
+def file_stamp(path: str | bytes) -> FileStamp | None:
+    """What tells whether a file has changed; None where there is none."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return None
+    # The inode is cut to what a column of int64 holds.
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino & 0x7FFF_FFFF_FFFF_FFFF
 
-    Raises:
-        DataError: every problem of metadata and caption files, or every name that stands for several files.
+
+def file_stamps(paths: Sequence[bytes]) -> NDArray[np.int64]:
+    """The stamps of many files, zeros where there is none. [N, 4]"""
+    flat = array("q")
+    for path in paths:
+        flat.extend(file_stamp(path) or _NO_FILE)
+    return np.frombuffer(flat, np.int64).reshape(-1, 4) if flat else np.zeros((0, 4), np.int64)
+
+
+_NO_FILE = (0, 0, 0, 0)
+
+
+def captions_digest(keys: TextColumn, sources: Iterable[str]) -> str:
+    """Changes when a caption file comes, goes or changes. `sources` are the pictures or caches, beside which the captions are."""
+    digest = blake2b(digest_size=16)
+    for key, source in zip(keys, sources, strict=True):
+        stamp = file_stamp(_caption_path(key, source)) or _NO_FILE
+        digest.update(_STAMP.pack(*stamp))
+    return digest.hexdigest()
+
+
+_STAMP = struct.Struct("<4q")
+
+
+def _caption_path(key: str, source: str) -> str:
+    return os.path.join(os.path.dirname(source), key + ".txt")
+
+
+def find_candidates(config: Config, problems: list[Problem]) -> Candidates:
+    """All data of the data set.
+
+    Args:
+        problems: gets every problem of folders, metadata and caption files, and every name that stands for several files.
     """
-    if config.metadata_files:
-        rows = read_metadata_files(config.metadata_files)
-        return _from_metadata(rows, find_files(config.image_dirs))
-    return _from_folders(find_files(config.image_dirs))
+    now = time.time_ns()
+    files = find_files(config.image_dirs, problems)
+    found = _from_metadata(config, files, problems) if config.metadata_files else _from_folders(config, files, problems)
+    found.inputs.folders.update({path: mtime if now - mtime > _UNSURE_NS else -1 for path, mtime in files.folders.items()})
+    return found
 
 
-def _from_metadata(rows: dict[str, str], files: FoundFiles) -> Candidates:
-    candidates = Candidates(hidden=files.hidden, run_folders=files.run_folders)
-    by_key: dict[str, list[str]] | None = None
-    ambiguous = []
-    for key in sorted(rows):
-        named = (json.loads(rows[key]).get("image_path") or "").replace("\\", "/")
-        if named and os.path.isfile(named):
-            candidates.add(key, named, rows[key])
+def _from_metadata(config: Config, files: FoundFiles, problems: list[Problem]) -> Candidates:
+    inputs = Inputs(_input_keys(config), run_folders=files.run_folders)
+    for path in config.metadata_files:  # before they are read: a file that changes meanwhile is read again at the next start
+        inputs.files[path] = list(file_stamp(path) or ())
+    rows = read_metadata_files(config.metadata_files, problems)
+    lookup = _Lookup(files)
+    images: list[str] = []
+    caches: list[str] = []
+    kept: list[int] = []
+    missing: list[str] = []
+    for i, (key, named) in enumerate(zip(rows.keys, rows.image_paths, strict=True)):
+        image = named if named and lookup.is_image(named) else lookup.image(key, named, problems)
+        cache = lookup.cache(key, image, problems)
+        if image or cache:
+            kept.append(i)
+            images.append(image or "")
+            caches.append(cache or "")
+        elif image is not None and cache is not None:
+            missing.append(key)
+            if named:
+                inputs.absent.append(named)
+    if len(kept) < len(rows.keys):
+        rows = _take(rows, np.array(kept, np.int64))
+    return _candidates(rows, images, caches, missing, files, inputs)
+
+
+def _from_folders(config: Config, files: FoundFiles, problems: list[Problem]) -> Candidates:
+    images_by_key = files.images_by_key()
+    beside = {cache_path_of(path) for path in files.images}
+    only_caches = {} if beside.issuperset(files.caches) else files.caches_by_key()
+    lookup = _Lookup(files)
+    keys: list[str] = []
+    images: list[str] = []
+    caches: list[str] = []
+    for key in sorted(images_by_key.keys() | only_caches.keys()):
+        paths = images_by_key.get(key) or only_caches[key]
+        if len(paths) > 1:
+            what = "pictures" if key in images_by_key else "caches"
+            problems.append(Problem("name", f"{shown(key)}: several {what}: {', '.join(map(shown, paths))}", path=paths[0], key=key))
             continue
-        if by_key is None:  # only a data set that was moved needs it
-            by_key = files.by_key()
-        matching = by_key.get(key, [])
+        image = paths[0] if key in images_by_key else ""
+        keys.append(key)
+        images.append(image)
+        caches.append(lookup.cache(key, image, problems) or "" if image else paths[0])
+    sources = [image or cache for image, cache in zip(images, caches, strict=True)]
+    # The digest first: a caption that changes while it is read is read again at the next start.
+    inputs = Inputs(_input_keys(config), captions=captions_digest(TextColumn.of(keys), sources), run_folders=files.run_folders)
+    captions = (_caption(_caption_path(key, source), files, problems) for key, source in zip(keys, sources, strict=True))
+    return _candidates(rows_of_captions(zip(keys, captions, strict=True)), images, caches, [], files, inputs)
+
+
+def _caption(path: str, files: FoundFiles, problems: list[Problem]) -> str | None:
+    if path not in files.texts:
+        return None
+    try:
+        return read_caption_file(path)
+    except DataError as error:
+        problems.append(Problem("caption", str(error), path=path))
+        return None
+
+
+class _Lookup:
+    """Finds the picture and the cache of a datum by its key, where they are not where they are expected."""
+
+    def __init__(self, files: FoundFiles) -> None:
+        self._files = files
+        self._images = set(files.images)
+        self._caches = set(files.caches)
+        self._images_by_key: dict[str, list[str]] | None = None
+        self._caches_by_key: dict[str, list[str]] | None = None
+
+    def is_image(self, named: str) -> bool:
+        return named in self._images or os.path.isfile(named)
+
+    def image(self, key: str, named: str, problems: list[Problem]) -> str | None:
+        """The picture of that key below `image_dirs`, the named one's extension preferred; '' if there is none, None if several fit."""
+        if self._images_by_key is None:  # only a data set that was moved, or one of caches, needs it
+            self._images_by_key = self._files.images_by_key()
+        matching = self._images_by_key.get(key, [])
         same_extension = [path for path in matching if split_name(path)[1] == split_name(named)[1]]
-        choice = same_extension or matching
-        if len(choice) > 1:
-            ambiguous.append(f"{shown(key)}: {', '.join(map(shown, choice))}")
-        elif choice:
-            candidates.add(key, choice[0], rows[key])
-        else:
-            candidates.missing.append(key)
-    if ambiguous:
-        raise DataError(problem_list("keys of metadata_files that fit several pictures; give image_path or rename the pictures", ambiguous))
-    return candidates
+        return _only(key, same_extension or matching, "pictures", problems)
+
+    def cache(self, key: str, image: str | None, problems: list[Problem]) -> str | None:
+        """A cache of that key elsewhere than beside the picture; '' if there is none or one is beside, None if several fit."""
+        beside = cache_path_of(image) if image else ""
+        if not self._caches or beside in self._caches:
+            return ""
+        if self._caches_by_key is None:
+            self._caches_by_key = self._files.caches_by_key()
+        matching = self._caches_by_key.get(key, [])
+        if image:
+            folder = os.path.dirname(image)
+            if any(os.path.dirname(path) == folder for path in matching) or os.path.isfile(beside):
+                return ""
+        return _only(key, matching, "caches", problems)
 
 
-def _from_folders(files: FoundFiles) -> Candidates:
-    candidates = Candidates(hidden=files.hidden, run_folders=files.run_folders)
-    by_key = files.by_key()
-    same_name = [f"{shown(key)}: {', '.join(map(shown, paths))}" for key, paths in sorted(by_key.items()) if len(paths) > 1]
-    problems = [problem_list("pictures with one name, which is their key; rename them", same_name)] if same_name else []
-    unreadable = []
-    for key in sorted(by_key):
-        path = by_key[key][0]
-        text_path = os.path.splitext(path)[0] + ".txt"
-        fields: dict[str, Any] = {}
-        if text_path in files.texts:
-            try:
-                fields = fields_from_tags(read_caption_file(text_path))
-            except DataError as error:
-                unreadable.append(str(error))
-        candidates.add(key, path, json.dumps(fields, ensure_ascii=False))
-    if unreadable:
-        problems.append(problem_list("caption files that cannot be used", unreadable))
-    if problems:
-        raise DataError("\n".join(problems))
-    return candidates
+def _only(key: str, paths: list[str], what: str, problems: list[Problem]) -> str | None:
+    if len(paths) <= 1:
+        return paths[0] if paths else ""
+    problems.append(Problem("name", f"{shown(key)}: several {what}: {', '.join(map(shown, paths))}", path=paths[0], key=key))
+    return None
+
+
+def _take(rows: Rows, kept: NDArray[np.int64]) -> Rows:
+    taken: dict[str, Any] = {}
+    for one in fields(rows):
+        column = getattr(rows, one.name)
+        taken[one.name] = column[kept] if isinstance(column, np.ndarray) else column.take(kept)
+    return Rows(**taken)
+
+
+def _candidates(
+    rows: Rows, images: Iterable[str], caches: Iterable[str], missing: list[str], files: FoundFiles, inputs: Inputs
+) -> Candidates:
+    return Candidates(rows, TextColumn.of(images), TextColumn.of(caches), missing, files.hidden, files.run_folders, inputs)
+
+
+def _input_keys(config: Config) -> list[list[str]]:
+    return [config.image_dirs, config.metadata_files, [os.getcwd()]]
+
+
+def _folder_mtime(path: str) -> int | None:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return None
+
+
+def _is_run_folder(path: str) -> bool:
+    try:
+        with os.scandir(path) as scan:
+            return holds_a_run(list(scan))
+    except OSError:
+        return False

@@ -16,10 +16,7 @@ from sdxl_train.errors import CheckpointError
 from sdxl_train.model.architecture import CONTEXT_LENGTH, METADATA_KEY
 from sdxl_train.model.key_names import LOGIT_SCALE, POSITION_IDS, Entry, module_name
 from sdxl_train.model.single_file import V_PREDICTION_MARKER, ZERO_TERMINAL_SNR_MARKER, Checkpoint
-from sdxl_train.model.weight_file import FLOAT_DTYPES, TensorToWrite, dtype_name, torch_dtype, write_safetensors
-
-# Values of `save_precision` and the dtype they stand for; None keeps each tensor's own.
-SAVE_PRECISIONS = {"fp16": "F16", "bf16": "BF16", "float": "F32", "fp32": "F32", "float32": "F32", "keep": None}
+from sdxl_train.model.weight_file import FLOAT_DTYPES, SAVE_PRECISIONS, TensorToWrite, dtype_name, torch_dtype, write_safetensors
 
 MARKERS = (V_PREDICTION_MARKER, ZERO_TERMINAL_SNR_MARKER)
 _LOGIT_SCALE = math.log(100)  # where OpenCLIP's training clips it, and its value in SDXL

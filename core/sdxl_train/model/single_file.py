@@ -6,12 +6,16 @@ Opening reads headers only and needs no torch; the `load_*` functions build the 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sdxl_train.errors import CheckpointError
 from sdxl_train.model.architecture import CONTEXT_LENGTH, Architecture, architecture_from_configs, architecture_from_shapes
@@ -362,11 +366,17 @@ def module_tensors(checkpoint: Checkpoint, part: PartName) -> dict[str, Callable
 
 def vae_encoder_digest(checkpoint: Checkpoint) -> bytes:
     """16 bytes of BLAKE2b over names and float32 values of the VAE's encoding half: equal for equal values in whatever file and layout."""
-    import torch
-
     digest = blake2b(digest_size=16)
     for entry in sorted(vae_entries(checkpoint.architecture), key=lambda entry: entry.name):
         if entry.name.startswith((PREFIXES["vae"] + "encoder.", PREFIXES["vae"] + "quant_conv.")):
             digest.update(entry.name.encode() + b"\0")
-            digest.update(checkpoint.read(entry.name).to(torch.float32).contiguous().numpy().data)
+            digest.update(_as_float32(checkpoint.tensors[entry.name]).data)
     return digest.digest()
+
+
+def _as_float32(source: TensorSource) -> NDArray[np.float32]:
+    """The values of a tensor of the VAE, read without torch."""
+    ((file, name),) = source.pieces  # none of them is put together from several
+    info = file.header.tensors[name]
+    words = np.fromfile(file.path, {"F16": "<f2", "BF16": "<u2", "F32": "<f4"}[info.dtype], math.prod(info.shape), offset=info.begin)
+    return (words.astype(np.uint32) << 16).view(np.float32) if info.dtype == "BF16" else words.astype(np.float32)

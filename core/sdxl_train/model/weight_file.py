@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # The dtypes that a model's weights may have; also torch's names for them.
 FLOAT_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+# Values of `save_precision` and the dtype they stand for; None keeps each tensor's own.
+SAVE_PRECISIONS = {"fp16": "F16", "bf16": "BF16", "float": "F32", "fp32": "F32", "float32": "F32", "keep": None}
 _TORCH_NAMES = FLOAT_DTYPES | {
     "F64": "float64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",

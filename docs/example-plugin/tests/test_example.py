@@ -11,7 +11,7 @@ from sdxl_train.testing import check_plugin, training_project
 
 @pytest.mark.parametrize("options", [{}, {"keep": 0}, {"keep": 2, "separator": "; "}])
 def test_shuffle_tags_keeps_the_rules_of_its_hook(options: dict) -> None:
-    check_plugin("caption_processor", "shuffle_tags", **options)
+    check_plugin("caption_processor", "shuffle_after_first", **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"a": 0.5, "b": 3.0}])
@@ -28,7 +28,7 @@ def test_kumaraswamy_has_the_distribution_function_one_minus_one_minus_x_to_the_
 def test_a_training_uses_both(tmp_path: Path) -> None:
     project = training_project(
         tmp_path,
-        caption_processor="shuffle_tags",
+        caption_processor="shuffle_after_first",
         timestep_sampler_type="kumaraswamy",
         caption_processor_kwargs={"keep": 1},
         timestep_sampler_kwargs={"a": 2.0, "b": 2.0},

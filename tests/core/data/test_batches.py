@@ -1,6 +1,5 @@
 """What a batch holds, and that its draws depend on each sample's place alone."""
 
-import json
 import pickle
 import random
 from pathlib import Path
@@ -8,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made_index import made_index
 from PIL import Image
 
 from sdxl_train.data.batches import Batch, Fetcher, assemble
 from sdxl_train.data.buckets import choose_buckets
 from sdxl_train.data.epoch_plan import BatchPlan
-from sdxl_train.data.index import Index, Summary
+from sdxl_train.data.index import Index
 from sdxl_train.errors import DataError
 from sdxl_train.keys import Config
 from sdxl_train.model.tokenizer import PromptTokenizer
@@ -38,14 +38,9 @@ def config_of(**changed) -> Config:
 
 def index_of(sizes: list[tuple[int, int]], resolution: int, step: int, folder: Path = Path("."), originals=None) -> Index:
     keys = [f"p{i}" for i in range(len(sizes))]
-    rows = [json.dumps({"caption": f"tag {key}", "description": f"prose {key}", "score": i}) for i, key in enumerate(keys)]
-    image_sizes = np.array(sizes)
-    buckets = choose_buckets(image_sizes.astype(np.int64), resolution, step)
-    paths = [str(folder / f"{key}.png") for key in keys]
-    originals = image_sizes if originals is None else np.array(originals)
-    has_text = np.ones(len(keys), bool)
-    ones = np.ones(len(keys))
-    return Index(keys, paths, rows, image_sizes, originals, buckets, ones, has_text, has_text, counter={}, left_out=Summary())
+    rows = {key: {"caption": f"tag {key}", "description": f"prose {key}", "score": i} for i, key in enumerate(keys)}
+    buckets = choose_buckets(np.array(sizes, np.int64), resolution, step)
+    return made_index(rows, [str(folder / f"{key}.png") for key in keys], sizes, buckets, original_sizes=originals)
 
 
 def fetcher_of(index: Index, with_pixels: bool = False, seed: int = 0, **changed) -> Fetcher:

@@ -1,16 +1,16 @@
 """Which text a fetch trains, and the count of texts that are too long."""
 
-import json
 from collections import Counter as Tally
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from made_index import made_index
 
 from sdxl_train.data.captions import choose_and_process, is_flipped, token_report
 from sdxl_train.data.image_info import ImageInfo
-from sdxl_train.data.index import Index, Summary
+from sdxl_train.data.index import Index
 from sdxl_train.errors import PluginError
 from sdxl_train.model.tokenizer import PromptTokenizer
 from sdxl_train.plugins import Choice, Plugins
@@ -62,12 +62,9 @@ def text(plugins: Plugins, caption: str | None, description: str | None, place: 
 
 
 def index_of(texts: dict[str, tuple[str | None, str | None]]) -> Index:
-    count = len(texts)
-    rows = [json.dumps({"caption": caption, "description": description}) for caption, description in texts.values()]
-    sizes = np.full((count, 2), 64)
-    caption, description = (np.array([bool(pair[i]) for pair in texts.values()]) for i in range(2))
-    paths = [f"{key}.png" for key in texts]
-    return Index(texts, paths, rows, sizes, sizes, sizes, np.ones(count), caption, description, counter={}, left_out=Summary())
+    rows = {key: {"caption": caption, "description": description} for key, (caption, description) in texts.items()}
+    sizes = np.full((len(texts), 2), 64)
+    return made_index(rows, [f"{key}.png" for key in texts], sizes, sizes)
 
 
 def test_each_text_is_chosen_at_half_of_the_fetches(processors):

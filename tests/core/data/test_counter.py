@@ -1,14 +1,23 @@
 import json
 from pathlib import Path
 
+import numpy as np
+
+from sdxl_train.data.columns import NameColumn
 from sdxl_train.data.counter import count_tags, format_tag
-from sdxl_train.data.metadata import complete
 
 ORACLES = json.loads((Path(__file__).parents[2] / "oracles.json").read_text(encoding="utf-8"))
 
 
-def counted(*rows, path="a/b/x.png"):
-    return count_tags(complete(row, path) for row in rows)
+def counted(*rows):
+    """The counter of these metadata, all of pictures in a folder b."""
+    fields = [column([row.get(name) for row in rows]) for name in ("artist", "characters", "styles", "quality")]
+    return count_tags(*fields, column(["b"] * len(rows)), np.ones(len(rows), bool))
+
+
+def column(values):
+    names = list(dict.fromkeys(value for value in values if value is not None))
+    return NameColumn(names, np.array([-1 if value is None else names.index(value) for value in values], np.int32))
 
 
 def test_tags_are_formatted_as_published():
@@ -43,3 +52,9 @@ def test_absent_fields_count_nothing():
     found = counted({})
     assert found.pop("category") == {"b": 1}
     assert found == {name: {} for name in ("artist", "characters", "styles", "quality", "character", "style")}
+
+
+def test_only_the_rows_asked_for_count():
+    names = column(["a", "b", "a"])
+    found = count_tags(names, names, names, names, names, np.array([True, False, True]))
+    assert found["artist"] == found["category"] == {"a": 2}

@@ -4,15 +4,17 @@ import struct
 import subprocess
 import sys
 import zlib
+from hashlib import blake2b
 from io import BytesIO
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 
+from sdxl_train.data import images
 from sdxl_train.data.buckets import place
 from sdxl_train.data.image_headers import read_header
-from sdxl_train.data.images import BadImage, image_header, load_image, load_pixels
+from sdxl_train.data.images import BadImage, image_header, load_image, load_pixels, load_pixels_and_source
 
 LIMIT = 200_000_000
 SIZE = (37, 21)
@@ -350,3 +352,142 @@ def test_a_picture_that_changed_its_shape_since_indexing_is_refused(tmp_path):
     path = write(tmp_path, encoded(Image.fromarray(scene((100, 50))), "PNG"))
     with pytest.raises(BadImage, match="changed since the data set was indexed; it has 100x50 px now"):
         load_pixels(path, place((50, 100), 64, 32), LIMIT)
+
+
+def area(picture: np.ndarray, start: tuple[float, float], factor: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
+    """The mean of what each pixel of the result covers, part pixels by their share. `start` and `factor` are (down, across)."""
+    for axis, length in enumerate(size):
+        edges = start[axis] + factor[axis] * np.arange(length + 1)
+        lines = np.moveaxis(picture, axis, 0)
+        sums = np.concatenate([np.zeros_like(lines[:1], np.float64), np.cumsum(lines, 0, np.float64)])
+        positions = np.arange(len(sums))
+        flat = sums.reshape(len(sums), -1)
+        at_edges = np.stack([np.interp(edges, positions, column) for column in flat.T], axis=1)
+        means = np.diff(at_edges, axis=0) / factor[axis]
+        picture = np.moveaxis(means.reshape(length, *sums.shape[1:]), 0, axis)
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("size", "tolerance"), [((128, 128), 0.51), ((256, 256), 1.01), ((101, 160), 2.5), ((203, 130), 2.5), ((301, 333), 2.5)]
+)
+@pytest.mark.parametrize(("image_format", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {})])
+def test_shrinking_is_the_mean_of_the_area(tmp_path, image_format, options, size, tolerance):
+    rough = np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)
+    picture = np.array(Image.fromarray(rough).resize(size, Image.Resampling.BICUBIC))
+    placement = place(size, 64, 32)
+    (width, height), (left, top) = placement.bucket, placement.crop
+    across, down = size[0] / placement.resized[0], size[1] / placement.resized[1]
+    expected = area(picture, (top * down, left * across), (down, across), (height, width))
+    pixels = load_pixels(write(tmp_path, encoded(Image.fromarray(picture), image_format, **options)), placement, LIMIT)
+    error = np.abs(pixels - expected)
+    # Whole numbers of pixels: the mean itself, rounded. Others: a smooth filter of that width.
+    assert (error.max() if size[0] % 64 == 0 else error.mean()) <= tolerance
+
+
+@pytest.mark.parametrize(("image_format", "options"), FORMATS)
+@pytest.mark.parametrize("in_memory_bytes", [1 << 30, 0])
+def test_the_source_is_told_with_the_pixels(tmp_path, monkeypatch, image_format, options, in_memory_bytes):
+    raw = encoded(Image.fromarray(scene((150, 90))), image_format, **options)
+    path, placement = write(tmp_path, raw), place((150, 90), 64, 32)
+    expected = load_pixels(path, placement, LIMIT)
+    os.utime(path, ns=(5, 1_600_000_000_123_456_789))
+    monkeypatch.setattr(images, "IN_MEMORY_BYTES", in_memory_bytes)
+    pixels, source = load_pixels_and_source(path, placement, LIMIT)
+    assert pixels.tolist() == expected.tolist()
+    assert (source.size, source.mtime_ns, source.ignored_profile) == (len(raw), os.stat(path).st_mtime_ns, False)
+    assert source.digest == blake2b(raw, digest_size=16).digest()
+
+
+def other_space(space: bytes) -> bytes:
+    profile = bytearray(wide_profile())
+    profile[16:20] = space
+    return bytes(profile)
+
+
+def test_a_profile_that_cannot_be_used_is_told(tmp_path):
+    flat = Image.fromarray(scene())
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    cases = [(flat, None, False), (flat, srgb, False), (flat.convert("L"), srgb, False), (flat, wide_profile(), False)]
+    cases += [(flat, b"no profile at all", True), (flat, other_space(b"CMYK"), True), (flat, wide_profile()[:200], True)]
+    for image, profile, ignored in cases:
+        path = write(tmp_path, encoded(image, "PNG", **({} if profile is None else {"icc_profile": profile})))
+        assert load_pixels_and_source(path, place(SIZE, 32, 16), LIMIT)[1].ignored_profile is ignored
+    path = write(tmp_path, encoded(flat.convert("CMYK"), "JPEG", icc_profile=srgb))
+    assert load_pixels_and_source(path, place(SIZE, 32, 16), LIMIT)[1].ignored_profile
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "TIFF", "PPM", "ICO"])
+def test_another_format_named_jpg_is_refused(tmp_path, image_format):
+    path = write(tmp_path, encoded(Image.fromarray(scene((16, 16))), image_format), "a.jpg")
+    for refuse in (lambda: image_header(path, LIMIT), lambda: load_pixels(path, place((16, 16), 32, 16), LIMIT)):
+        with pytest.raises(BadImage, match=r"a\.jpg: it is no PNG, JPEG, WebP or BMP picture"):
+            refuse()
+
+
+def test_16_bit_colours_with_opacity_are_composited(tmp_path):
+    rows = b"\0" + struct.pack(">8H", 65535, 0, 32896, 65535, 1000, 2000, 3000, 0)
+    path = write(tmp_path, png(2, 1, depth=16, colour=6, pixels=rows))
+    assert np.asarray(load_image(path, LIMIT)).tolist() == [[[255, 0, 128], [255, 255, 255]]]
+    rows = b"\0" + struct.pack(">4H", 257 * 90, 65535, 0, 0)  # grey and opacity
+    path = write(tmp_path, png(2, 1, depth=16, colour=4, pixels=rows))
+    assert np.asarray(load_image(path, LIMIT)).tolist() == [[[90] * 3, [255] * 3]]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA"])
+@pytest.mark.parametrize("from_the_top", [False, True])
+def test_kinds_of_bmp(tmp_path, mode, from_the_top):
+    image = Image.fromarray(scene()).convert(mode)
+    raw = bytearray(encoded(image, "BMP"))
+    if from_the_top:  # a negative height
+        raw[22:26] = struct.pack("<i", -SIZE[1])
+    expected = np.asarray(image.convert("RGB"))
+    assert np.asarray(load_image(write(tmp_path, bytes(raw)), LIMIT)).tolist() == expected[:: -1 if from_the_top else 1].tolist()
+    with pytest.raises(BadImage, match="it is cut"):
+        load_image(write(tmp_path, bytes(raw[:-20])), LIMIT)
+
+
+def test_a_packed_bmp_is_read_and_a_cut_one_refused(tmp_path):
+    palette = b"\x0a\x14\x1e\0" + b"\xc8\x64\x32\0" + bytes(254 * 4)
+    packed = b"\3\0\1\1\0\0" + b"\4\1\0\0" + b"\0\1"
+    head = struct.pack("<IiiHHIIiiII", 40, 4, 2, 1, 8, 1, len(packed), 0, 0, 256, 0)
+    raw = b"BM" + struct.pack("<IHHI", 14 + 40 + 1024 + len(packed), 0, 0, 14 + 40 + 1024) + head + palette + packed
+    dark, light = [30, 20, 10], [50, 100, 200]
+    assert np.asarray(load_image(write(tmp_path, raw), LIMIT)).tolist() == [[light] * 4, [dark] * 3 + [light]]
+    with pytest.raises(BadImage):
+        load_image(write(tmp_path, raw[:-10]), LIMIT)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4000, 1), (1, 4000)])
+@pytest.mark.parametrize(("image_format", "options"), FORMATS)
+def test_the_smallest_and_thinnest_pictures_fill_their_buckets(tmp_path, image_format, options, size):
+    path = write(tmp_path, encoded(Image.new("RGB", size, (200, 90, 30)), image_format, **options))
+    placement = place(size, 128, 32)
+    pixels = load_pixels(path, placement, LIMIT)
+    assert pixels.shape == (placement.bucket[1], placement.bucket[0], 3)
+    assert np.abs(pixels.astype(int) - (200, 90, 30)).max() <= 3
+
+
+@pytest.mark.parametrize(
+    "name", ["a b.png", "-a.png", "a\nb.png", "e\u0301.png", "é.png", os.fsdecode(b"\xff\xfe.png"), "x" * 251 + ".png"]
+)
+def test_any_file_name_is_read_and_escaped_in_the_reason(tmp_path, name):
+    raw = encoded(Image.fromarray(scene()), "PNG")
+    assert load_image(write(tmp_path, raw, name), LIMIT).size == SIZE
+    with pytest.raises(BadImage) as refused:
+        image_header(write(tmp_path, raw[:40], name), LIMIT)
+    assert "\n" not in str(refused.value)
+    str(refused.value).encode()
+
+
+def test_a_damaged_picture_takes_no_more_memory_than_its_pixels(tmp_path):
+    raw = encoded(Image.fromarray(scene((3000, 2000))), "JPEG", quality=90)  # 24 MB decoded
+    path = write(tmp_path, raw[: len(raw) // 2] + b"\xff\xd9")
+    code = (
+        "import resource, sys; from sdxl_train.data.images import BadImage, load_image\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: load_image(sys.argv[1], 50_000_000)\n"
+        "except BadImage: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    grown_kib = int(subprocess.run([sys.executable, "-c", code, path], check=True, capture_output=True, text=True).stdout)
+    assert grown_kib < 64 * 1024

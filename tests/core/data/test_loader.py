@@ -1,6 +1,5 @@
 """The loader: the same batches whoever fetches them, processes that end when they should, and errors that say what happened."""
 
-import json
 import multiprocessing
 import os
 import random
@@ -12,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made_index import made_index
 from PIL import Image
 
 from sdxl_train.data.epoch_plan import epoch_plan
-from sdxl_train.data.index import Index, Summary
+from sdxl_train.data.index import Index
 from sdxl_train.data.loader import BatchLoader
 from sdxl_train.data.loader_processes import WorkerDiedError, WorkerStuckError
 from sdxl_train.errors import DataError, PluginError
@@ -75,12 +75,9 @@ def index(tmp_path: Path) -> Index:
     keys = [f"p{i}" for i in range(8)]
     for i, key in enumerate(keys):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / f"{key}.png")
-    rows = [json.dumps({"caption": f"{key}, a, b, c, d, e"}) for key in keys]
+    rows = {key: {"caption": f"{key}, a, b, c, d, e"} for key in keys}
     sizes = np.full((8, 2), 64)
-    repeats = np.array([3, 1, 1, 1, 1, 1, 1, 1])
-    has_caption = np.ones(8, bool)
-    paths = [str(tmp_path / f"{key}.png") for key in keys]
-    return Index(keys, paths, rows, sizes, sizes, sizes, repeats, has_caption, ~has_caption, counter={}, left_out=Summary())
+    return made_index(rows, [str(tmp_path / f"{key}.png") for key in keys], sizes, sizes, num_repeats=[3, 1, 1, 1, 1, 1, 1, 1])
 
 
 @pytest.fixture

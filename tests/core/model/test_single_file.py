@@ -240,6 +240,13 @@ def test_every_form_of_vae_replaces_the_own_one(
     assert vae_encoder_digest(checkpoint) == vae_encoder_digest(open_checkpoint(full))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_digest_is_that_of_the_values_in_float32(tensors: dict[str, Tensor], write: Callable[..., str], dtype: torch.dtype) -> None:
+    stored = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    widened = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in stored.items()}
+    assert vae_encoder_digest(open_checkpoint(write(stored))) == vae_encoder_digest(open_checkpoint(write(widened)))
+
+
 def test_the_digest_tells_encoders_apart_and_ignores_the_decoder(
     tiny: Checkpoint, tensors: dict[str, Tensor], write: Callable[..., str]
 ) -> None:

@@ -12,17 +12,23 @@ from PIL import Image
 from sdxl_train.data.epoch_plan import epoch_plan
 from sdxl_train.data.image_info import ImageInfo
 from sdxl_train.data.images import load_pixels
-from sdxl_train.data.index import Index, TextColumn, build_index
+from sdxl_train.data.index import Index
+from sdxl_train.data.indexing import build_index
+from sdxl_train.data.problems import refuse
 from sdxl_train.errors import DataError, PluginError
 from sdxl_train.keys import Config
 
 
 class Repeats:
-    """Answers `count_repeats` from a dict and remembers what it was asked."""
+    """Stands for the plugins: answers `count_repeats` from a dict and remembers what it was asked."""
 
     def __init__(self, answers: dict[str, int] | None = None) -> None:
+        self.hooks = self
         self.answers = answers or {}
         self.asked: list[tuple[str, dict[str, Any], Any]] = []
+
+    def only_default_answers(self, key, hook):
+        return False
 
     def count_repeats(self, img_key, img_md, counter):
         self.asked.append((img_key, img_md, counter))
@@ -46,7 +52,11 @@ def config(tmp_path: Path, **keys: Any) -> Config:
 
 
 def build(tmp_path: Path, repeats: Repeats | None = None, warnings: list[str] | None = None, **keys: Any) -> Index:
-    return build_index(config(tmp_path, **keys), repeats or Repeats(), ([] if warnings is None else warnings).append)  # type: ignore[arg-type]
+    problems = []
+    warn = ([] if warnings is None else warnings).append
+    indexed = build_index(config(tmp_path, **keys), repeats or Repeats(), None, warn, problems)  # type: ignore[arg-type]
+    refuse(problems)
+    return indexed.index
 
 
 def refused(tmp_path: Path, **keys: Any) -> str:
@@ -60,7 +70,8 @@ def write_metadata(tmp_path: Path, rows: dict[str, Any], name="metadata.json") -
 
 
 def keys_of(index: Index) -> list[str]:
-    return [index.key(i) for i in range(len(index))]
+    """Of the data that are trained."""
+    return [index.key(i) for i in np.flatnonzero(index.num_repeats)]
 
 
 # ---- Search ----------------------------------------------------------------------------------------------------------------------
@@ -289,7 +300,7 @@ def test_repeats_of_zero_drop_the_picture(tmp_path):
     for key in "xyz":
         picture(tmp_path / f"{key}.png")
     index = build(tmp_path, Repeats({"y": 0, "z": 2}))
-    assert keys_of(index) == ["x", "z"] and index.num_repeats.tolist() == [1, 2]
+    assert keys_of(index) == ["x", "z"] and index.num_repeats.tolist() == [1, 0, 2]
     assert (index.summary.images, index.summary.dropped, index.summary.samples_per_epoch) == (2, 1, 3)
 
 
@@ -321,7 +332,7 @@ def test_pictures_left_out_later_keep_their_rows_and_are_counted_as_bad(tmp_path
     text(tmp_path / "y.txt", "cat")
     index = build(tmp_path, Repeats({"y": 5}))
     index.leave_out([1])
-    assert keys_of(index) == ["x", "y", "z"] and index.num_repeats.tolist() == [1, 0, 1]
+    assert list(index.keys) == ["x", "y", "z"] and index.num_repeats.tolist() == [1, 0, 1]
     summary = index.summary
     assert (summary.images, summary.bad, summary.captioned, summary.without_text, summary.samples_per_epoch) == (2, 1, 0, 2, 2)
     assert sum(summary.buckets.values()) == 2
@@ -364,9 +375,3 @@ def test_the_users_files_stay_as_they_are(tmp_path):
     before = state()
     build(tmp_path, bad_images="skip")
     assert state() == before and sorted(path for path in tmp_path.rglob("*") if path.is_file()) == files
-
-
-def test_texts_of_a_column_come_back_whatever_they_hold():
-    texts = ["", "a", "猫\n", "\udcff", ""]
-    column = TextColumn(texts)
-    assert list(column) == texts and len(column) == 5

@@ -1,6 +1,5 @@
 """Latents encoded before training: each as if it were alone, all bad pictures named, nothing that is not finite."""
 
-import json
 import threading
 from collections import Counter as Tally
 from pathlib import Path
@@ -8,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made_index import made_index
 from PIL import Image
 
-from sdxl_train.data.index import Index, Summary
-from sdxl_train.data.latents import EncodedDataset, check_pictures, encode_chunks, encode_dataset, encode_pixels
+from sdxl_train.data.caching import VaeInUse, Work, prepare_latents
+from sdxl_train.data.encoding import check_pictures, encode_chunks, encode_pixels
+from sdxl_train.data.index import Index
+from sdxl_train.data.latents import LatentStore
 from sdxl_train.errors import DataError
 from sdxl_train.keys import Config
 from sdxl_train.model.single_file import load_vae, open_checkpoint
@@ -38,12 +40,7 @@ def make_index(folder: Path, sizes: list[tuple[int, int]], order: list[int] | No
         pixels = np.random.default_rng(i).integers(0, 256, (height, width, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"p{i}.png")
     columns = np.array([sizes[i] for i in order])
-    paths = [str(folder / f"p{i}.png") for i in order]
-    rows = [json.dumps({}) for _ in order]
-    counts = np.ones(len(order)) if repeats is None else np.array(repeats)
-    no_text = np.zeros(len(order), bool)
-    keys = [f"p{i}" for i in order]
-    return Index(keys, paths, rows, columns, columns, columns, counts, no_text, no_text, counter={}, left_out=Summary())
+    return made_index({f"p{i}": {} for i in order}, [str(folder / f"p{i}.png") for i in order], columns, columns, num_repeats=repeats)
 
 
 def config_of(**changed) -> Config:
@@ -51,12 +48,15 @@ def config_of(**changed) -> Config:
     return Config(**(given | changed))
 
 
-def encode(index: Index, vae, seed: int = 0, **changed) -> EncodedDataset:
-    return encode_dataset(index, vae, config_of(**changed), "cpu", seed, lambda: None, lambda done, total: None)
+def encode(index: Index, vae, on_progress=lambda done, total: None, check_stop=lambda: None, **changed) -> LatentStore:
+    """All in memory, as with cache_latents_to_disk = false."""
+    in_use = VaeInUse(vae, torch.device("cpu"), bytes(16), "float32")
+    work = Work(lambda text: None, check_stop, lambda label, total: on_progress if label == "encoding pictures" else lambda *done: None)
+    return prepare_latents(index, in_use, config_of(**changed), work, to_disk=False, in_memory=True).store
 
 
-def stored(index: Index, encoded: EncodedDataset, flipped: bool = False) -> dict[str, torch.Tensor]:
-    return {index.key(i): encoded.latents.read([i], [flipped])[0] for i in range(len(index)) if index.num_repeats[i] > 0}
+def stored(index: Index, store: LatentStore, flipped: bool = False) -> dict[str, torch.Tensor]:
+    return {index.key(i): store.read([i], [flipped])[0] for i in range(len(index)) if index.num_repeats[i] > 0}
 
 
 def break_picture(index: Index, *data: int) -> None:
@@ -89,7 +89,7 @@ def test_latents_are_mean_plus_deviation_times_a_draw_of_key_and_orientation(ind
     for flipped in (False, True):
         pixels = torch.from_numpy(np.asarray(Image.open(index.image_path(1)))[:, :: -1 if flipped else 1].copy())
         posterior = vae.encode(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1).latent_dist
-        latents = encoded.latents.read([1], [flipped])
+        latents = encoded.read([1], [flipped])
         assert latents.dtype == torch.float32 and latents.shape == (1, 4, 4, 8)
         draws.append(((latents - posterior.mean) / posterior.std).flatten())
     assert all(0.6 < draw.std() < 1.4 and abs(draw.mean()) < 0.4 for draw in draws)  # 128 values: N(0, 1) within 4 deviations
@@ -136,7 +136,7 @@ def test_encodes_share_a_bucket_and_are_as_few_as_can_be(index, vae):
 
 def test_repeats_of_zero_are_not_encoded_and_more_repeats_encode_once(tmp_path, vae):
     index = make_index(tmp_path, SIZES, repeats=[0, 1, 5, 0, 1, 1, 1])
-    assert encode_chunks(index, 2) == [[1, 5], [2, 4], [6]]
+    assert encode_chunks(index, np.flatnonzero(index.num_repeats).tolist(), 2) == [[1, 5], [2, 4], [6]]
     counting = CountingVae(vae)
     encode(index, counting, flip_aug=False)
     assert sum(shape[0] for shape in counting.shapes) == 5
@@ -145,11 +145,11 @@ def test_repeats_of_zero_are_not_encoded_and_more_repeats_encode_once(tmp_path, 
 def test_reading_a_batch_gives_each_sample_its_orientation(index, vae):
     encoded = encode(index, vae)
     plain, flipped = stored(index, encoded), stored(index, encoded, flipped=True)
-    batch = encoded.latents.read([4, 0, 4, 6], [True, False, False, True])
+    batch = encoded.read([4, 0, 4, 6], [True, False, False, True])
     for row, expected in zip(batch, (flipped["p4"], plain["p0"], plain["p4"], flipped["p6"]), strict=True):
         assert torch.equal(row, expected)
     batch.zero_()  # what was read is the caller's own
-    assert torch.equal(encoded.latents.read([0], [False])[0], plain["p0"])
+    assert torch.equal(encoded.read([0], [False])[0], plain["p0"])
 
 
 def test_all_bad_pictures_are_named_and_nothing_is_encoded_after_the_first(index, vae):
@@ -157,7 +157,7 @@ def test_all_bad_pictures_are_named_and_nothing_is_encoded_after_the_first(index
     counting = CountingVae(vae)
     with pytest.raises(DataError) as caught:
         encode(index, counting, vae_batch_size=1, flip_aug=False)
-    assert "2 bad pictures" in str(caught.value) and "bad_images" in str(caught.value)
+    assert "bad pictures" in str(caught.value) and "(2)" in str(caught.value) and "bad_images" in str(caught.value)
     assert "p0.png" in str(caught.value) and "p4.png" in str(caught.value) and "p2.png" not in str(caught.value)
     assert len(counting.shapes) == 3
 
@@ -166,11 +166,9 @@ def test_skipped_bad_pictures_are_reported_and_all_others_are_encoded_as_ever(in
     expected = stored(index, encode(index, vae))
     break_picture(index, 0, 3)
     encoded = encode(index, vae, bad_images="skip")
-    assert [picture.datum for picture in encoded.bad] == [3, 0]
-    assert "p3.png" in encoded.bad[0].reason
-    index.leave_out([picture.datum for picture in encoded.bad])
+    assert index.num_repeats.tolist() == [0, 1, 1, 0, 1, 1, 1] and index.summary.bad == 2
     for datum in (1, 2, 4, 5, 6):
-        torch.testing.assert_close(encoded.latents.read([datum], [False])[0], expected[f"p{datum}"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(encoded.read([datum], [False])[0], expected[f"p{datum}"], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -184,17 +182,16 @@ def test_latents_that_are_not_finite_name_the_picture_and_both_remedies(index, v
 
 def test_checking_pictures_finds_the_same_bad_ones(index):
     break_picture(index, 2, 5)
-    with pytest.raises(DataError, match=r"(?s)2 bad pictures.*p2\.png.*p5\.png"):
-        check_pictures(index, config_of(), lambda: None, lambda done, total: None)
     progress = []
-    bad = check_pictures(index, config_of(bad_images="skip"), lambda: None, lambda *done: progress.append(done))
-    assert [picture.datum for picture in bad] == [2, 5]
+    bad = check_pictures(index, list(range(7)), config_of(), lambda: None, lambda *done: progress.append(done))
+    assert sorted(bad) == [2, 5] and "p5.png" in bad[5].message and bad[5].path == index.image_path(5)
+    assert index.is_decoded.tolist() == [True, True, False, True, True, False, True]
     assert progress == [(done, 7) for done in range(1, 8)]
 
 
 def test_progress_ends_with_all_pictures(index, vae):
     progress = []
-    encode_dataset(index, vae, config_of(), "cpu", 0, lambda: None, lambda *done: progress.append(done))
+    encode(index, vae, lambda *done: progress.append(done))
     assert progress[-1] == (7, 7) and progress == sorted(progress)
 
 
@@ -209,7 +206,7 @@ def test_a_stop_request_ends_the_encoding_and_its_threads(index, vae):
             raise Stop
 
     with pytest.raises(Stop):
-        encode_dataset(index, counting, config_of(), "cpu", 0, check_stop, lambda done, total: None)
+        encode(index, counting, check_stop=check_stop)
     assert len(counting.shapes) == 2
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
 

@@ -1,0 +1,177 @@
+"""Gets the latents of all data ready before training: valid caches are used, the other pictures are encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdxl_train.data.cache_writer import CacheWriter, prepare_folders
+from sdxl_train.data.caches import CacheCheck, CheckStop, OnProgress, check_caches
+from sdxl_train.data.encoding import check_pictures, encode_pictures
+from sdxl_train.data.images import SourceFile
+from sdxl_train.data.index import Index
+from sdxl_train.data.latents import DiskLatents, LatentStore, MemoryLatents
+from sdxl_train.data.problems import refuse
+from sdxl_train.errors import DataError, Problem
+from sdxl_train.text_display import listed
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    from sdxl_train.keys import Config
+
+
+@dataclass(frozen=True)
+class Work:
+    """How a long piece of work before training is watched.
+
+    Attributes:
+        warn: is told what the user must know.
+        check_stop: called often; what it raises ends the work.
+        progress: the function that is told how much of a piece of work is done, made from the work's name and length.
+    """
+
+    warn: Callable[[str], None]
+    check_stop: CheckStop
+    progress: Callable[[str, int], OnProgress]
+
+
+@dataclass(frozen=True)
+class VaeInUse:
+    """The VAE on its device, in the dtype it runs in; the digest of its encoder's weights; the name of its precision."""
+
+    module: AutoencoderKL
+    device: torch.device
+    digest: bytes
+    precision: str
+
+
+@dataclass(frozen=True)
+class PreparedLatents:
+    """
+    Attributes:
+        store: None where no latents are kept in memory (`keep` False) and none are on the disk.
+        check: what was found out about the caches that were there.
+        num_encoded: pictures that were encoded now.
+        num_ignored_profiles: of these, how many have a colour profile that could not be used.
+    """
+
+    store: LatentStore
+    check: CacheCheck
+    num_encoded: int
+    num_ignored_profiles: int
+
+
+def prepare_latents(index: Index, vae: VaeInUse, config: Config, work: Work, to_disk: bool, in_memory: bool) -> PreparedLatents:
+    """Check the caches that are there, encode what has none, and read what is to be kept.
+
+    Args:
+        to_disk: write caches beside the pictures.
+        in_memory: keep all latents; needed where `to_disk` is False.
+    Raises:
+        DataError: bad pictures or caches, all named; a folder or a cache that cannot be written; a latent that is not finite.
+    """
+    problems: list[Problem] = []
+    data = np.flatnonzero(index.num_repeats)
+    check = check_caches(index, config, vae.digest, problems, work.check_stop, work.progress("checking caches", len(data)))
+    if check.invalid:
+        work.warn(f"{len(check.invalid)} caches are not valid and are made again: {listed(check.invalid, 5)}")
+    if to_disk:
+        prepare_folders(index, check.missing)
+    memory = MemoryLatents(index, data, config.flip_aug) if in_memory else None
+    writer = CacheWriter(index, config.flip_aug, vae.digest, vae.precision, config.async_cache) if to_disk else None
+    profiles = set[int]()
+
+    def keep(rows: list[int], flipped: bool, latents: NDArray[np.float32], sources: list[SourceFile]) -> None:
+        if memory is not None:
+            memory.write(rows, flipped, latents)
+        if writer is not None:
+            writer.write(rows, flipped, latents, sources)
+        profiles.update(row for row, source in zip(rows, sources, strict=True) if source.ignored_profile)
+
+    try:
+        if problems:  # nothing is encoded any more: only the report is made complete
+            bad = _check_rest(index, config, work)
+        else:
+            progress = work.progress("encoding pictures", len(check.missing))
+            bad = encode_pictures(index, check.missing, vae.module, config, vae.device, keep, work.check_stop, progress)
+        if writer is not None:
+            writer.finish()
+    finally:
+        if writer is not None:
+            writer.close()
+    settle_bad_pictures(index, config, bad, work.warn, problems)
+    store = DiskLatents(index, is_trusted=config.check_cache_validity)
+    if memory is not None:
+        cached = np.setdiff1d(data, check.missing)
+        memory.fill(cached, store, work.check_stop, work.progress("reading caches", len(cached)))
+    return PreparedLatents(memory or store, check, len(check.missing) - len(bad), len(profiles))
+
+
+def prepare_pictures(index: Index, config: Config, work: Work) -> int:
+    """Decode every picture once that no earlier start has decoded, for runs that encode in every step; how many these were.
+
+    Raises:
+        DataError: bad pictures, all named; or data that have only a cache.
+    """
+    refuse(missing_pictures(index))
+    num_before = int(index.is_decoded.sum())
+    settle_bad_pictures(index, config, _check_rest(index, config, work), work.warn, [])
+    return int(index.is_decoded.sum()) - num_before
+
+
+def missing_pictures(index: Index) -> list[Problem]:
+    """What stands against cache_latents = false: data that have only a cache."""
+    keys = [index.key(row) for row in np.flatnonzero((index.num_repeats > 0) & (index.image_paths.lengths == 0)).tolist()]
+    message = f"cache_latents = false needs pictures, and {len(keys)} data have only a cache: {listed(keys)}"
+    return [Problem("data", message, key="cache_latents")] if keys else []
+
+
+def complete_report(index: Index, config: Config, work: Work, problems: Sequence[Problem]) -> None:
+    """Where the data have problems, look for those too that only reading whole files finds, and refuse them all together.
+
+    Raises:
+        DataError: there are problems.
+    """
+    if not problems:
+        return
+    try:
+        refuse(problems)
+    except DataError as so_far:
+        work.warn(f"{so_far}\nPictures are decoded and caches read now, to find what else is wrong; Ctrl-C ends this.")
+    others: list[Problem] = []
+    if config.cache_latents:
+        check_caches(index, config, None, others, work.check_stop, work.progress("checking caches", len(index)), only_caches=True)
+    bad = _check_rest(index, config, work)
+    refuse([*problems, *others, *(bad.values() if config.bad_images == "error" else ())])
+
+
+def settle_bad_pictures(
+    index: Index, config: Config, bad: dict[int, Problem], warn: Callable[[str], None], problems: list[Problem]
+) -> None:
+    """Leave bad pictures out of the training, or refuse them with all other problems, as `bad_images` says.
+
+    Raises:
+        DataError: with bad_images = "error" and bad pictures; other problems; or nothing is left to train.
+    """
+    if config.bad_images == "error":
+        refuse([*problems, *bad.values()])
+    refuse(problems)
+    for problem in bad.values():
+        warn(f"left out (bad_images = skip): {problem.message}")
+    if bad:
+        index.leave_out(list(bad))
+
+
+def _check_rest(index: Index, config: Config, work: Work) -> dict[int, Problem]:
+    """Decode what was never decoded and has no valid cache."""
+    unknown = (index.num_repeats > 0) & (index.image_paths.lengths > 0) & ~index.is_decoded
+    if config.cache_latents:
+        unknown &= ~(index.caches.is_verified & index.caches.stamps.any(axis=1))
+    rows = np.flatnonzero(unknown).tolist()
+    return check_pictures(index, rows, config, work.check_stop, work.progress("checking pictures", len(rows)))
