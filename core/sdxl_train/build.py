@@ -75,7 +75,7 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
         optimizer=optimizer, num_warmup_steps=keys.lr_warmup_steps, num_training_steps=num_steps
     )
     tokens_known = index.num_tokens.copy()
-    long_captions = token_report(index, keys.max_token_length, lambda text: len(tokenizer.content_ids(text)))
+    long_captions = token_report(index, keys.max_token_length, tokenizer.count)
     if (index.num_tokens != tokens_known).any():
         dataset.keep_records()
     parts = Parts(

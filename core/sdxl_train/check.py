@@ -186,7 +186,7 @@ def make_plan(file: Path, sets: list[str] | tuple[str, ...], decode: bool, conso
     _count(index, settings, plan)
     plan.duplicates = equal_files(index, plan.warnings)
     try:
-        plan.tokens = token_report(index, settings.config.max_token_length, lambda text: len(tokenizer.content_ids(text)))
+        plan.tokens = token_report(index, settings.config.max_token_length, tokenizer.count)
     except DataError as error:
         plan.problems.append(Problem("caption", str(error)))
     _look_at_disk(index, settings, base, to_encode, plan)

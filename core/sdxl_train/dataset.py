@@ -73,8 +73,9 @@ class Dataset:
             complete_report(self.index, self._config, self._work, problems)
         finally:
             console.end_progress()
-        if indexed.is_new or (records is not None and not (records / INDEX_NAME).exists()):
+        if records is not None and (indexed.is_new or not (records / INDEX_NAME).exists()):
             self.keep_records()
+            self._map_records(records)
 
     def prepare_latents(self, vae: VaeInUse, to_disk: bool, in_memory: bool) -> PreparedLatents:
         """See `caching.prepare_latents`. What was found out until then is kept also when it fails or is interrupted."""
@@ -85,6 +86,12 @@ class Dataset:
         """See `caching.prepare_pictures`."""
         with self._kept():
             return prepare_pictures(self.index, self._config, self._work)
+
+    def _map_records(self, records: Path) -> None:
+        """Go on with the columns as they lie in the file: the memory in which they were put together is free again."""
+        written = read_records(records)
+        if written is not None and written.index is not None:
+            self.index = written.index
 
     def keep_records(self) -> None:
         """Write the records, if they are wanted.

@@ -42,7 +42,7 @@ class Config(Options):
         ..., "base model: a single-file SDXL .safetensors or a diffusers directory", zh="预训练模型路径：safetensors 单文件或 diffusers 目录", min_length=1
     )
     image_dirs: list[str] = option(..., "folders searched recursively for pictures; may be [] only with metadata_files", zh="图像文件夹路径列表")
-    metadata_files: list[str] = option([], "metadata JSON files, merged field by field, later ones win; [] reads captions from .txt files", zh="元数据文件路径列表；为空时读取图片旁的 .txt 标注")
+    metadata_files: list[str] = option([], "metadata files (JSON; .jsonl or .ndjson with one object a line; .parquet), merged field by field, later ones win; [] reads captions from .txt files", zh="元数据文件路径列表（JSON，每行一个对象的 .jsonl/.ndjson，或 .parquet），按字段合并，后面的优先；为空时读取图片旁的 .txt 标注")
     output_dir: str = option(..., "project folder; may hold %index%, %date%, %time%, %datetime%", zh="项目输出文件夹路径", min_length=1)
     output_name: str = option("model", "prefix of saved files", zh="保存文件名前缀", min_length=1, max_length=150)
     records_cache_dir: str | None = option(None, "folder of the data set records; absent: <output_dir>/records", zh="数据记录文件夹；缺省为 <output_dir>/records")

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from sdxl_train.keys import Config
 
 
+_MANY = 1000  # data; fewer are read in seconds
+
+
 @dataclass(frozen=True)
 class Work:
     """How a long piece of work before training is watched.
@@ -140,10 +143,11 @@ def complete_report(index: Index, config: Config, work: Work, problems: Sequence
     """
     if not problems:
         return
-    try:
-        refuse(problems)
-    except DataError as so_far:
-        work.warn(f"{so_far}\nPictures are decoded and caches read now, to find what else is wrong; Ctrl-C ends this.")
+    if len(index) > _MANY:  # that takes a while: what is known should be read first
+        try:
+            refuse(problems)
+        except DataError as so_far:
+            work.warn(f"{so_far}\nPictures are decoded and caches read now, to find what else is wrong; Ctrl-C ends this.")
     others: list[Problem] = []
     if config.cache_latents:
         check_caches(index, config, None, others, work.check_stop, work.progress("checking caches", len(index)), only_caches=True)

@@ -83,6 +83,9 @@ def _find(config: Config, known: Records | None, problems: list[Problem]) -> tup
         if (stamps.any(axis=1) | known.index.is_bad).all():
             return known.index, known.inputs, stamps, False
     candidates = find_candidates(config, problems)
+    for path in candidates.doubtful if config.bad_images == "error" else ():  # what is wrong with them belongs into the one report
+        answer = _check_image(path, None, None, config)
+        problems += [answer] if isinstance(answer, Problem) else []
     index = _from_candidates(candidates)
     if known is not None and known.index is not None:
         _remember(index, known.index)
@@ -193,9 +196,10 @@ def _check_files(
 _Size = tuple[int, int]
 
 
-def _check_image(path: str, stamp: NDArray[np.int64], known: KnownSize | None, config: Config) -> _Size | Problem:
+def _check_image(path: str, stamp: NDArray[np.int64] | None, known: KnownSize | None, config: Config) -> _Size | Problem:
     """Upright (w, h) of a picture."""
-    if known and (known.num_bytes, known.mtime_ns) == (stamp[0], stamp[1]) and math.prod(known.size) <= config.max_image_pixels:
+    is_small = known is not None and math.prod(known.size) <= config.max_image_pixels
+    if known and is_small and stamp is not None and (known.num_bytes, known.mtime_ns) == (stamp[0], stamp[1]):
         return known.size
     try:
         return image_header(path, config.max_image_pixels)

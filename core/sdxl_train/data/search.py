@@ -6,7 +6,7 @@ Left out and counted: names that start with a dot, and folders of training runs,
 import os
 from dataclasses import dataclass, field
 
-from sdxl_train.data.latent_file import cache_key
+from sdxl_train.data.latent_file import cache_key, cache_path_of
 from sdxl_train.data.names import IMAGE_EXTENSIONS, split_name
 from sdxl_train.errors import Problem
 from sdxl_train.text_display import shown
@@ -42,8 +42,11 @@ class FoundFiles:
         """The caches of each key: those named after it, if there are any, else those with a size in their name; each list sorted."""
         plain: dict[str, list[str]] = {}
         sized: dict[str, list[str]] = {}
+        beside = {cache_path_of(path) for path in self.images} if self.caches else set()
         for path in self.caches:
             key, has_size = cache_key(os.path.basename(path))
+            if has_size and path in beside:  # the name of its picture only looks like a cache's
+                key, has_size = split_name(path)[0], False
             (sized if has_size else plain).setdefault(key, []).append(path)
         return sized | plain
 

@@ -42,6 +42,7 @@ class Candidates:
         image_paths: its picture; '' where there is only a cache.
         cache_paths: its cache, where that does not have the picture's name beside the picture; else ''.
         missing: keys of the metadata for which there is no file.
+        doubtful: pictures that share their key with others; they are no data, but may be bad too.
         hidden, run_folders: what the search left out, see `FoundFiles`.
         inputs: what all this was read from.
     """
@@ -50,6 +51,7 @@ class Candidates:
     image_paths: TextColumn
     cache_paths: TextColumn
     missing: list[str]
+    doubtful: list[str]
     hidden: int
     run_folders: list[str]
     inputs: Inputs
@@ -159,22 +161,23 @@ def _from_metadata(config: Config, files: FoundFiles, problems: list[Problem]) -
                 inputs.absent.append(named)
     if len(kept) < len(rows.keys):
         rows = _take(rows, np.array(kept, np.int64))
-    return _candidates(rows, images, caches, missing, files, inputs)
+    return _candidates(rows, images, caches, missing, [], files, inputs)
 
 
 def _from_folders(config: Config, files: FoundFiles, problems: list[Problem]) -> Candidates:
     images_by_key = files.images_by_key()
-    beside = {cache_path_of(path) for path in files.images}
-    only_caches = {} if beside.issuperset(files.caches) else files.caches_by_key()
+    only_caches = files.caches_by_key()
     lookup = _Lookup(files)
     keys: list[str] = []
     images: list[str] = []
     caches: list[str] = []
+    doubtful: list[str] = []
     for key in sorted(images_by_key.keys() | only_caches.keys()):
         paths = images_by_key.get(key) or only_caches[key]
         if len(paths) > 1:
             what = "pictures" if key in images_by_key else "caches"
             problems.append(Problem("name", f"{shown(key)}: several {what}: {', '.join(map(shown, paths))}", path=paths[0], key=key))
+            doubtful += images_by_key.get(key, [])
             continue
         image = paths[0] if key in images_by_key else ""
         keys.append(key)
@@ -184,7 +187,7 @@ def _from_folders(config: Config, files: FoundFiles, problems: list[Problem]) ->
     # The digest first: a caption that changes while it is read is read again at the next start.
     inputs = Inputs(_input_keys(config), captions=captions_digest(TextColumn.of(keys), sources), run_folders=files.run_folders)
     captions = (_caption(_caption_path(key, source), files, problems) for key, source in zip(keys, sources, strict=True))
-    return _candidates(rows_of_captions(zip(keys, captions, strict=True)), images, caches, [], files, inputs)
+    return _candidates(rows_of_captions(zip(keys, captions, strict=True)), images, caches, [], doubtful, files, inputs)
 
 
 def _caption(path: str, files: FoundFiles, problems: list[Problem]) -> str | None:
@@ -249,9 +252,17 @@ def _take(rows: Rows, kept: NDArray[np.int64]) -> Rows:
 
 
 def _candidates(
-    rows: Rows, images: Iterable[str], caches: Iterable[str], missing: list[str], files: FoundFiles, inputs: Inputs
+    rows: Rows,
+    images: Iterable[str],
+    caches: Iterable[str],
+    missing: list[str],
+    doubtful: list[str],
+    files: FoundFiles,
+    inputs: Inputs,
 ) -> Candidates:
-    return Candidates(rows, TextColumn.of(images), TextColumn.of(caches), missing, files.hidden, files.run_folders, inputs)
+    return Candidates(
+        rows, TextColumn.of(images), TextColumn.of(caches), missing, doubtful, files.hidden, files.run_folders, inputs
+    )
 
 
 def _input_keys(config: Config) -> list[list[str]]:

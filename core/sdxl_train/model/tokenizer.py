@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -33,6 +34,12 @@ _MAX_FILE_BYTES = 32 * 2**20
 _WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
+# The same for ASCII; Python's own module does not know \p{L}.
+_PLAIN_WORDS = re.compile(r"""'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\s0-9A-Za-z]+""")
+_PLAIN_TEXT = re.compile(r"[ -~\t\n\r]*")
+_MAX_WORDS = 200_000  # that are remembered
+
+
 class PromptTokenizer:
     """CLIP's vocabulary, which both of SDXL's text encoders share."""
 
@@ -51,6 +58,7 @@ class PromptTokenizer:
                 pre_tokenizers.ByteLevel(add_prefix_space=False),
             ]
         )
+        self._word_counts: dict[str, int] = {}
         self._tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (_START, _END)])
 
     def content_ids(self, text: str) -> list[int]:
@@ -63,6 +71,24 @@ class PromptTokenizer:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         except (UnicodeEncodeError, TypeError) as error:
             raise DataError(f"a text holds half a surrogate pair, which is no character: {text[:100]!r}") from error
+
+    def count(self, text: str) -> int:
+        """How many ids `content_ids` gives, some ten times faster for ASCII texts: words are tokenised alone, and each only once.
+
+        Raises:
+            DataError: the text is not valid Unicode.
+        """
+        if not _PLAIN_TEXT.fullmatch(text) or _START[:2] in text:
+            return len(self.content_ids(text))
+        total = 0
+        for word in _PLAIN_WORDS.findall(text.lower()):
+            count = self._word_counts.get(word)
+            if count is None:
+                count = len(self.content_ids(word))
+                if len(self._word_counts) < _MAX_WORDS:
+                    self._word_counts[word] = count
+            total += count
+        return total
 
     def tokenize(self, text: str, max_token_length: int) -> tuple[list[list[int]], list[list[int]], int]:
         """Packs a text into n = max_token_length / 75 chunks: start, 75 ids of content, end, padding.

@@ -375,3 +375,17 @@ def test_the_users_files_stay_as_they_are(tmp_path):
     before = state()
     build(tmp_path, bad_images="skip")
     assert state() == before and sorted(path for path in tmp_path.rglob("*") if path.is_file()) == files
+
+
+def test_a_picture_whose_name_looks_like_a_cache_of_another_is_one_datum(tmp_path):
+    picture(tmp_path / "a_0064x0048_sdxl.png")
+    np.savez(tmp_path / "a_0064x0048_sdxl.npz", latents=np.zeros((4, 6, 8), np.float32))
+    np.savez(tmp_path / "alone_0064x0048_sdxl.npz", latents=np.zeros((4, 6, 8), np.float32))
+    assert keys_of(build(tmp_path)) == ["a_0064x0048_sdxl", "alone"]
+
+
+def test_bad_pictures_that_share_a_name_are_in_the_same_report(tmp_path):
+    text(tmp_path / "x.png", b"")
+    picture(tmp_path / "deep/x.png")
+    message = refused(tmp_path)
+    assert "several pictures" in message and f"{tmp_path / 'x.png'}: it is empty" in message

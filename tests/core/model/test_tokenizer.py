@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 from transformers import CLIPTokenizer
@@ -159,3 +160,13 @@ def test_another_vocabulary_is_an_error_that_names_the_file(cache: Path, change:
         path = cache / "tokenizer_2" / path.name
     with pytest.raises(CheckpointError, match=str(path)):
         load_tokenizers(None if as_base else str(cache), str(cache) if as_base else None)
+
+
+def test_counting_gives_the_number_of_ids_for_any_text():
+    tokenizer = PromptTokenizer()
+    random = Random(0)
+    pieces = ["cat", "Blue Hair", "it's", "they'LL", "1girl", "42", "(", ")", "...", "wow!", "<|endoftext|>", "<|ENDOFTEXT|>", "\n", "\t", "  "]
+    pieces += ["\x1c", "\x0b", "é", "猫", "_", "supercalifragilistic", "'", "a'b", ":", "\\(", "'Re"]
+    texts = ["", " ", *("".join(random.choices(pieces, k=random.randrange(1, 12))) for _ in range(3000))]
+    texts += ["".join(chr(random.randrange(128)) for _ in range(random.randrange(30))) for _ in range(2000)]
+    assert [text for text in texts if tokenizer.count(text) != len(tokenizer.content_ids(text))] == []
