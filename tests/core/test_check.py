@@ -251,7 +251,7 @@ def test_a_picture_that_cannot_be_read_for_comparing_is_named(tmp_path: Path) ->
 
 
 def test_all_problems_of_files_are_in_one_report(check, tmp_path: Path, pictures: Path, tiny_base: Path) -> None:
-    """A model, a benchmark, a picture, a caption, an ambiguous name, a cache alone and the vocabulary: seven, in one go."""
+    """A model, a benchmark, a picture, a caption, an ambiguous name, a cache alone and the vocabulary, in one go."""
     (tmp_path / "base.safetensors").write_bytes(tiny_base.read_bytes()[:-1])
     (tmp_path / "bench.json").write_text('[{"steps": 3}]')
     (pictures / "square0.png").write_bytes((pictures / "square0.png").read_bytes()[:60])
@@ -262,11 +262,12 @@ def test_all_problems_of_files_are_in_one_report(check, tmp_path: Path, pictures
     vocabulary.parent.mkdir(parents=True)
     vocabulary.write_text("{}")
     plan = check(code=2, pretrained_model_name_or_path=str(tmp_path / "base.safetensors"), sample_benchmark=str(tmp_path / "bench.json"))
-    assert sorted(kinds(plan)) == ["cache", "caption", "checkpoint", "checkpoint", "config", "image", "name"]
+    assert sorted(kinds(plan)) == ["cache", "caption", "checkpoint", "checkpoint", "config", "image", "image", "name"]
     keys = {problem["key"] for problem in plan["problems"] if problem["kind"] in ("checkpoint", "config")}
     assert keys == {"pretrained_model_name_or_path", "sample_benchmark", "tokenizer_cache_dir"}
     assert {problem["path"] for problem in plan["problems"] if problem["kind"] in ("image", "caption")} == {
         str(pictures / "square0.png"),
+        str(pictures / "wide0.jpg"),  # empty, and of the name of another
         str(pictures / "square1.txt"),
     }
     assert (plan["bad"], plan["saves"], plan["caches"]) == (2, None, None)
