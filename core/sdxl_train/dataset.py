@@ -123,5 +123,5 @@ class Dataset:
 
 def _found_out(index: Index) -> tuple[bytes | str, ...]:
     """What changes when something new is found out about pictures and caches."""
-    columns = (index.is_decoded, index.is_bad, index.caches.stamps, index.caches.is_verified)
+    columns = (index.is_decoded, index.is_bad, index.caches.stamps, index.caches.is_verified, index.caches.has_flipped)
     return index.vae_digest, *(column.tobytes() for column in columns)

@@ -131,5 +131,7 @@ class CacheWriter:
 
     def _note(self, written: _Written) -> None:
         datum, stamp, header = written
-        note(self._index, datum, BESIDE, stamp, header, is_verified=True)
+        # Verified is what fits `index.vae_digest`, which caches that are trusted leave as it is.
+        is_verified = self._index.vae_digest == self._vae_digest.hex()
+        note(self._index, datum, BESIDE, stamp, header, header.has_flipped, is_verified)
         self.num_written += 1

@@ -75,7 +75,9 @@ def check_caches(
     for row, place, stamp, found in _examined(index, waiting, config, vae_digest, read_values):
         check_stop()
         if isinstance(found, CacheHeader):
-            note(index, row, place, stamp, found, is_verified=read_values)
+            # Flipped latents that were not verified do not count as there: with flip_aug they are read.
+            has_flipped = found.has_flipped and (config.flip_aug or not read_values)
+            note(index, row, place, stamp, found, has_flipped, is_verified=read_values)
             check.num_checked += 1
         else:
             index.caches.forget(row)
@@ -89,14 +91,14 @@ def check_caches(
     return check
 
 
-def note(index: Index, row: int, place: int, stamp: FileStamp, header: CacheHeader, is_verified: bool) -> None:
-    """This is the cache of the datum."""
+def note(index: Index, row: int, place: int, stamp: FileStamp, header: CacheHeader, has_flipped: bool, is_verified: bool) -> None:
+    """This is the cache of the datum; `has_flipped`: with flipped latents that can be used."""
     caches = index.caches
     caches.stamps[row] = stamp
     caches.is_verified[row] = is_verified
     caches.offsets[row] = header.offsets
     caches.sizes[row] = header.bucket
-    caches.has_flipped[row] = header.has_flipped
+    caches.has_flipped[row] = has_flipped
     caches.places[row] = place
     index.bucket_sizes[row] = header.bucket
     caches.crops[row] = header.crop

@@ -69,7 +69,7 @@ def build_index(config: Config, plugins: Plugins, known: Records | None, warn: W
         index.original_sizes = np.where(index.given_sizes > 0, index.given_sizes, index.image_sizes)
         index.counter = _count(index)
     _place(index, config, everything=changed)
-    _ask_repeats(index, plugins)
+    changed |= _ask_repeats(index, plugins)
     _tell(index, warn)
     if not problems and not index.num_repeats.any():
         problems.append(nothing_to_train(config, index))
@@ -80,7 +80,7 @@ def _find(config: Config, known: Records | None, problems: list[Problem]) -> tup
     """The data with what is known about them, what they were found by, the stamps of their files, and whether they are not those known."""
     if known is not None and known.index is not None and known.inputs.still_hold(config) and _same_captions(known.index, known.inputs):
         stamps = _stamps(known.index, config)
-        if (stamps.any(axis=1) | known.index.is_bad).all():
+        if stamps.any(axis=1).all():
             return known.index, known.inputs, stamps, False
     candidates = find_candidates(config, problems)
     for path in candidates.doubtful if config.bad_images == "error" else ():  # what is wrong with them belongs into the one report
@@ -130,9 +130,15 @@ def _from_candidates(found: Candidates) -> Index:
 
 def _folders(image_paths: TextColumn) -> NameColumn:
     """The name of the folder of each picture; none for '' (a cache alone)."""
+    names: dict[str, int] = {}
     code_of: dict[str, int] = {}
-    codes = [code_of.setdefault(path.rpartition(os.sep)[0], len(code_of)) if path else -1 for path in image_paths]
-    return NameColumn([os.path.basename(os.path.abspath(folder)) for folder in code_of], np.array(codes, np.int32))
+    codes: list[int] = []
+    for path in image_paths:
+        folder = path.rpartition(os.sep)[0]
+        if path and folder not in code_of:  # several folders may have one name
+            code_of[folder] = names.setdefault(os.path.basename(os.path.abspath(folder)), len(names))
+        codes.append(code_of[folder] if path else -1)
+    return NameColumn(list(names), np.array(codes, np.int32))
 
 
 def _remember(index: Index, known: Index) -> None:
@@ -144,7 +150,7 @@ def _remember(index: Index, known: Index) -> None:
         for new, row in enumerate(old)
         if row >= 0
         and index.image_paths.raw(new) == known.image_paths.raw(row)
-        and index.cache_paths.raw(new) == known.cache_paths.raw(row)
+        and (index.image_paths.raw(new) or index.cache_paths.raw(new) == known.cache_paths.raw(row))
     ]
     if not pairs:
         return
@@ -153,6 +159,8 @@ def _remember(index: Index, known: Index) -> None:
         getattr(index, name)[here] = getattr(known, name)[there]
     for name in ("stamps", "is_verified", "offsets", "sizes", "crops", "has_flipped", "places"):
         getattr(index.caches, name)[here] = getattr(known.caches, name)[there]
+    # A cache is valid for the picture's size or the metadata's.
+    index.caches.is_verified[here[(index.given_sizes[here] != known.given_sizes[there]).any(axis=1)]] = False
     index.placed_for, index.vae_digest = known.placed_for, known.vae_digest
     same_text = [i for i, (new, row) in enumerate(pairs) if index.texts.raw(new) == known.texts.raw(row)]
     index.num_tokens[here[same_text]] = known.num_tokens[there[same_text]]
@@ -232,16 +240,18 @@ def _place(index: Index, config: Config, everything: bool) -> None:
         index.placed_for = placed_for
 
 
-def _ask_repeats(index: Index, plugins: Plugins) -> None:
-    """The repeats of each datum that can be trained, from `count_repeats`."""
+def _ask_repeats(index: Index, plugins: Plugins) -> bool:
+    """The repeats of each datum that can be trained, from `count_repeats`; whether they are not those known."""
     if plugins.only_default_answers("num_repeats_getter", "count_repeats"):  # a million calls of a constant
         repeats = (~index.is_bad).astype(np.int32)
-        if not np.array_equal(repeats, index.num_repeats):
-            index.num_repeats = repeats
-        return
-    index.num_repeats = np.zeros(len(index), np.int32)
-    for row in np.flatnonzero(~index.is_bad).tolist():
-        index.num_repeats[row] = plugins.hooks.count_repeats(img_key=index.key(row), img_md=index.metadata(row), counter=index.counter)
+    else:
+        repeats = np.zeros(len(index), np.int32)
+        for row in np.flatnonzero(~index.is_bad).tolist():
+            repeats[row] = plugins.hooks.count_repeats(img_key=index.key(row), img_md=index.metadata(row), counter=index.counter)
+    if np.array_equal(repeats, index.num_repeats):
+        return False
+    index.num_repeats = repeats
+    return True
 
 
 def _tell(index: Index, warn: Warn) -> None:

@@ -125,6 +125,8 @@ def _read_index(path: Path) -> tuple[Index, Inputs, FileStamp | None] | None:
 def _map(path: Path) -> dict[str, np.ndarray]:
     """Every array of a safetensors file, mapped copy-on-write: pages are shared until somebody writes to them."""
     header = read_header(str(path))
+    if not {info.dtype for info in header.tensors.values()} <= set(_DTYPES):
+        raise ValueError("no index of ours")
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     return {

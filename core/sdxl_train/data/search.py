@@ -21,7 +21,7 @@ class FoundFiles:
         texts: path of every .txt file.
         hidden: names left out because they start with a dot; a folder counts once.
         run_folders: folders left out because they hold a training run.
-        folders: every folder that was searched, with its mtime_ns from before.
+        folders: every folder that was searched, with its mtime_ns and ctime_ns from before.
     """
 
     images: list[str] = field(default_factory=list)
@@ -29,7 +29,7 @@ class FoundFiles:
     texts: set[str] = field(default_factory=set)
     hidden: int = 0
     run_folders: list[str] = field(default_factory=list)
-    folders: dict[str, int] = field(default_factory=dict)
+    folders: dict[str, list[int]] = field(default_factory=dict)
 
     def images_by_key(self) -> dict[str, list[str]]:
         """The pictures of each key, each list sorted."""
@@ -78,7 +78,7 @@ def find_files(image_dirs: list[str], problems: list[Problem]) -> FoundFiles:
         if holds_a_run(entries):
             found.run_folders.append(folder)
         else:
-            found.folders[folder] = status.st_mtime_ns
+            found.folders[folder] = [status.st_mtime_ns, status.st_ctime_ns]
             waiting += sorted(_sort_entries(entries, found), reverse=True)
     found.images.sort()
     found.caches.sort()

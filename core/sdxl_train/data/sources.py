@@ -65,15 +65,15 @@ class Inputs:
         keys: `image_dirs` and `metadata_files`, with the working directory.
         files: stamp of each metadata file.
         captions: digest of the stamps of all caption files (`captions_digest`); '' where captions come from metadata files.
-        folders: mtime_ns of each folder that was searched; -1 where it cannot tell whether the folder has changed.
+        folders: mtime_ns and ctime_ns of each folder that was searched; empty where they cannot tell whether it has changed.
         run_folders: folders left out because they hold a run.
-        absent: paths named by the metadata of missing data.
+        absent: pictures named by the metadata that are not there, or their folders where those are not there.
     """
 
     keys: list[list[str]]
     files: dict[str, list[int]] = field(default_factory=dict)
     captions: str = ""
-    folders: dict[str, int] = field(default_factory=dict)
+    folders: dict[str, list[int]] = field(default_factory=dict)
     run_folders: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
 
@@ -81,10 +81,10 @@ class Inputs:
         """Whether a search now would find the same files; captions beside pictures are looked at by `captions_digest`."""
         return (
             self.keys == _input_keys(config)
-            and all(mtime == _folder_mtime(folder) for folder, mtime in self.folders.items())
+            and all(stamp == _folder_stamp(folder) for folder, stamp in self.folders.items())
             and all(list(file_stamp(path) or ()) == stamp for path, stamp in self.files.items())
             and all(map(_is_run_folder, self.run_folders))
-            and not any(map(os.path.isfile, self.absent))
+            and not any(map(os.path.exists, self.absent))
         )
 
 
@@ -134,7 +134,7 @@ def find_candidates(config: Config, problems: list[Problem]) -> Candidates:
     now = time.time_ns()
     files = find_files(config.image_dirs, problems)
     found = _from_metadata(config, files, problems) if config.metadata_files else _from_folders(config, files, problems)
-    found.inputs.folders.update({path: mtime if now - mtime > _UNSURE_NS else -1 for path, mtime in files.folders.items()})
+    found.inputs.folders.update({path: times if now - times[0] > _UNSURE_NS else [] for path, times in files.folders.items()})
     return found
 
 
@@ -148,8 +148,12 @@ def _from_metadata(config: Config, files: FoundFiles, problems: list[Problem]) -
     caches: list[str] = []
     kept: list[int] = []
     missing: list[str] = []
+    absent: set[str] = set()
     for i, (key, named) in enumerate(zip(rows.keys, rows.image_paths, strict=True)):
-        image = named if named and lookup.is_image(named) else lookup.image(key, named, problems)
+        is_there = bool(named) and lookup.is_image(named)
+        image = named if is_there else lookup.image(key, named, problems)
+        if named and not is_there:
+            absent.add(lookup.absent_part(named))
         cache = lookup.cache(key, image, problems)
         if image or cache:
             kept.append(i)
@@ -157,8 +161,7 @@ def _from_metadata(config: Config, files: FoundFiles, problems: list[Problem]) -
             caches.append(cache or "")
         elif image is not None and cache is not None:
             missing.append(key)
-            if named:
-                inputs.absent.append(named)
+    inputs.absent.extend(sorted(absent))
     if len(kept) < len(rows.keys):
         rows = _take(rows, np.array(kept, np.int64))
     return _candidates(rows, images, caches, missing, [], files, inputs)
@@ -206,12 +209,20 @@ class _Lookup:
     def __init__(self, files: FoundFiles) -> None:
         self._files = files
         self._images = set(files.images)
+        self._is_folder: dict[str, bool] = {}
         self._caches = set(files.caches)
         self._images_by_key: dict[str, list[str]] | None = None
         self._caches_by_key: dict[str, list[str]] | None = None
 
     def is_image(self, named: str) -> bool:
         return named in self._images or os.path.isfile(named)
+
+    def absent_part(self, named: str) -> str:
+        """What has to come for this picture to be there: its folder, which stands for many, or itself."""
+        folder = os.path.dirname(named)
+        if folder not in self._is_folder:
+            self._is_folder[folder] = not folder or os.path.isdir(folder)
+        return named if self._is_folder[folder] else folder
 
     def image(self, key: str, named: str, problems: list[Problem]) -> str | None:
         """The picture of that key below `image_dirs`, the named one's extension preferred; '' if there is none, None if several fit."""
@@ -231,7 +242,9 @@ class _Lookup:
         matching = self._caches_by_key.get(key, [])
         if image:
             folder = os.path.dirname(image)
-            if any(os.path.dirname(path) == folder for path in matching) or os.path.isfile(beside):
+            if any(os.path.dirname(path) == folder for path in matching):
+                return ""
+            if len(matching) > 1 and os.path.isfile(beside):  # outside of `image_dirs`; one elsewhere is kept for when it goes
                 return ""
         return _only(key, matching, "caches", problems)
 
@@ -269,11 +282,12 @@ def _input_keys(config: Config) -> list[list[str]]:
     return [config.image_dirs, config.metadata_files, [os.getcwd()]]
 
 
-def _folder_mtime(path: str) -> int | None:
+def _folder_stamp(path: str) -> list[int] | None:
     try:
-        return os.stat(path).st_mtime_ns
+        status = os.stat(path)
     except OSError:
         return None
+    return [status.st_mtime_ns, status.st_ctime_ns]  # the latter too: whoever unpacks or copies files sets the first one back
 
 
 def _is_run_folder(path: str) -> bool:
