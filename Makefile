@@ -7,7 +7,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3 py
 # One thread a process: more threads than cores make tests slow, and sums of floats depend on their number.
 TESTING := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow lint generated clean
+.PHONY: demo test test-slow lint generated bench-data clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -25,6 +25,10 @@ lint: $(VENV)/installed-test
 
 generated: $(VENV)/installed
 	$(BIN)/python tools/write_generated.py
+
+# Some minutes and 5 GB of disk; `make bench-data ARGS="--quick --only C7"` measures a part.
+bench-data: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data.py $(ARGS)
 
 clean:
 	rm -rf $(VENV)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -20,36 +20,64 @@ from PIL import Image
 _SIZES = ((2048, 2048), (3000, 2000), (4000, 3000))
 _MAX_PIXELS = 200_000_000
 RESOLUTION, STEP = 1024, 32  # as by default
+_ROUNDS = 5  # over the pictures
 
 
 def decode_lines(folder: Path, sizes: Sizes) -> Iterator[Line]:
     """C8."""
-    for full in _SIZES:
-        size = full[0] // sizes.shrink, full[1] // sizes.shrink
-        paths = photographs(folder, size, sizes.photographs)
-        ours, plain, psnr = in_own_process(decode, paths, RESOLUTION // sizes.shrink, 2 * sizes.repeats - 1)
-        what = f"decode and resize of a JPEG {size[0]}x{size[1]}"
-        yield Line("C8", what, len(paths), ours, "CPU ms", plain, "Pillow: full decode, the same resize", Goal(0.55, of_ratio=True))
-        yield Line("C8", "the worst of them against the full decode", len(paths), psnr, "dB", goal=Goal(45, at_least=True))
+    for width, height in _SIZES:
+        yield from _lines_of((width // sizes.shrink, height // sizes.shrink), RESOLUTION // sizes.shrink, folder, sizes)
 
 
-def decode(paths: list[Path], resolution: int, repeats: int) -> tuple[float, float, float]:
-    """CPU ms a picture of ours and of a full decode (medians), and the least PSNR between both. Runs in a process of its own."""
-    from sdxl_train.data.buckets import place
+def _lines_of(size: tuple[int, int], resolution: int, folder: Path, sizes: Sizes) -> Iterator[Line]:
+    paths = photographs(folder, size, sizes.photographs)
+    ours, plain = interleaved(
+        sizes.repeats, lambda: in_own_process(decode, paths, resolution), lambda: in_own_process(decode_in_full, paths, resolution)
+    )
+    what, alone = f"decode and resize of a JPEG {size[0]}x{size[1]}", "Pillow: full decode, the same resize"
+    yield Line("C8", what, len(paths), median(ours), "CPU ms", median(plain), alone, Goal(0.55, of_ratio=True))
+    psnr = in_own_process(least_psnr, paths, resolution)
+    yield Line("C8", "the worst of them against the full decode", len(paths), psnr, "dB", goal=Goal(45, at_least=True))
+
+
+# ---- each of these runs in a process of its own: how often memory has to be mapped anew depends on what was decoded before ----
+
+
+def decode(paths: list[Path], resolution: int) -> float:
+    """CPU ms a picture of ours, as for the next picture of many."""
     from sdxl_train.data.images import load_pixels
 
-    with Image.open(paths[0]) as first:
-        placement = place(first.size, resolution, STEP)
-    least = min(_psnr(load_pixels(str(path), placement, _MAX_PIXELS), _full_decode(path, placement)) for path in paths)
-    taken: list[list[float]] = []
+    return _cpu_ms(partial(load_pixels, max_pixels=_MAX_PIXELS), list(map(str, paths)), resolution)
+
+
+def decode_in_full(paths: list[Path], resolution: int) -> float:
+    """The same of a full decode."""
+    return _cpu_ms(_full_decode, list(map(str, paths)), resolution)
+
+
+def least_psnr(paths: list[Path], resolution: int) -> float:
+    """The worst picture of ours against the full decode, in dB."""
+    from sdxl_train.data.images import load_pixels
+
+    placement = _placement(str(paths[0]), resolution)
+    return min(_psnr(load_pixels(str(path), placement, _MAX_PIXELS), _full_decode(str(path), placement)) for path in paths)
+
+
+def _cpu_ms(work: Callable[[str, Placement], object], paths: list[str], resolution: int) -> float:
+    placement = _placement(paths[0], resolution)
     for path in paths:
-        load, full = partial(load_pixels, str(path), placement, _MAX_PIXELS), partial(_full_decode, path, placement)
-        taken.append([1000 * median(times) for times in interleaved(repeats, partial(cpu_s, load), partial(cpu_s, full))])
-    ours, plain = np.mean(taken, axis=0).tolist()
-    return ours, plain, least
+        work(path, placement)
+    return 1000 * median(cpu_s(partial(work, path, placement)) for _ in range(_ROUNDS) for path in paths)
 
 
-def _full_decode(path: Path, placement: Placement) -> NDArray[np.uint8]:
+def _placement(path: str, resolution: int) -> Placement:
+    from sdxl_train.data.buckets import place
+
+    with Image.open(path) as image:
+        return place(image.size, resolution, STEP)
+
+
+def _full_decode(path: str, placement: Placement) -> NDArray[np.uint8]:
     """Every pixel decoded, then the resize of the product: blocks of 2, 4, ... px averaged, the rest by Hamming's filter."""
     with Image.open(path) as image:
         rgb = image.convert("RGB")
