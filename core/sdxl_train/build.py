@@ -11,7 +11,6 @@ from sdxl_train.base_marks import contradicted_marks
 from sdxl_train.config import Settings
 from sdxl_train.console import Console, figures_of
 from sdxl_train.data.caching import PreparedLatents, VaeInUse
-from sdxl_train.data.captions import token_report
 from sdxl_train.data.epoch_plan import num_batches, steps_per_epoch
 from sdxl_train.data.loader import BatchLoader
 from sdxl_train.dataset import Dataset, records_dir
@@ -74,10 +73,6 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
     lr_scheduler = plugins.hooks.build_lr_scheduler(
         optimizer=optimizer, num_warmup_steps=keys.lr_warmup_steps, num_training_steps=num_steps
     )
-    tokens_known = index.num_tokens.copy()
-    long_captions = token_report(index, keys.max_token_length, tokenizer.count)
-    if (index.num_tokens != tokens_known).any():
-        dataset.keep_records()
     parts = Parts(
         keys=keys,
         plugins=plugins,
@@ -92,7 +87,7 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
         speed=Speed(),
         samples=samples,
         latents=latents,
-        long_captions=long_captions,
+        long_captions=dataset.count_long_captions(tokenizer.count),
     )
     run = Run(
         config=settings.values,

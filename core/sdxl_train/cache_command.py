@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from sdxl_train.config import Settings
 from sdxl_train.console import Console
-from sdxl_train.stopping import Interrupted, StopRequest, stop_requests
+from sdxl_train.stopping import StopRequest, ending_with_its_code
 
 
 def run_cache(settings: Settings) -> None:
@@ -19,11 +18,8 @@ def run_cache(settings: Settings) -> None:
     console = Console()
     for warning in settings.warnings:
         console.warn(warning)
-    try:
-        with stop_requests() as stop:
-            _cache(settings, console, stop)
-    except Interrupted as interrupted:
-        sys.exit(interrupted.exit_code)
+    with ending_with_its_code() as stop:
+        _cache(settings, console, stop)
 
 
 def _cache(settings: Settings, console: Console, stop: StopRequest) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -23,7 +23,7 @@ from sdxl_train.check_files import SavePlan, equal_files, latent_bytes, planned_
 from sdxl_train.config import Settings, read_settings
 from sdxl_train.console import Console
 from sdxl_train.data.cache_writer import unwritable_folders
-from sdxl_train.data.caches import check_caches
+from sdxl_train.data.caches import check_caches, never_stop
 from sdxl_train.data.caching import missing_pictures
 from sdxl_train.data.captions import TokenReport, token_report
 from sdxl_train.data.encoding import check_pictures
@@ -247,8 +247,8 @@ def _look_at_caches(
         return None
     if base is None:
         return None
-    progress = _progress(console, "checking caches", int((index.num_repeats > 0).sum()))
-    check = check_caches(index, keys, vae_encoder_digest(base), plan.problems, _never_stop, progress, read_values=decode)
+    progress = console.watch("checking caches", int((index.num_repeats > 0).sum()))
+    check = check_caches(index, keys, vae_encoder_digest(base), plan.problems, never_stop, progress, read_values=decode)
     usable = check.num_unchanged + check.num_checked
     plan.caches = CachePlan(usable, len(check.missing), check.invalid, 0, decode and keys.check_cache_validity)
     return check.missing
@@ -260,7 +260,7 @@ def _look_at_pictures(index: Index, settings: Settings, to_encode: list[int] | N
     waiting = [row for row in wanted if not index.is_decoded[row]]
     bad: dict[int, Problem] = {}
     if decode:
-        bad = check_pictures(index, waiting, settings.config, _never_stop, _progress(console, "checking pictures", len(waiting)))
+        bad = check_pictures(index, waiting, settings.config, never_stop, console.watch("checking pictures", len(waiting)))
     plan.undecoded = 0 if decode else len(waiting)
     assert plan.bad_pictures is not None
     plan.bad_pictures += bad.values()
@@ -326,12 +326,3 @@ def _look_at_disk(index: Index, settings: Settings, base: Checkpoint | None, to_
         return
     wanted[plan.saves.disk_of] = wanted.get(plan.saves.disk_of, 0) + plan.saves.bytes
     plan.warnings += space_warnings(wanted)
-
-
-def _progress(console: Console, label: str, total: int) -> Callable[[int, int], None]:
-    console.start_progress(label, total)
-    return lambda done, _: console.progress(done)
-
-
-def _never_stop() -> None:
-    """Nothing here has to be ended with care: Ctrl-C may raise at any place."""

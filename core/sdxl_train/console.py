@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sdxl_train.text_display import printable
@@ -52,6 +52,11 @@ class Console:
             self._bar = Progress(*columns, console=RichConsole(stderr=True))
             self._task = self._bar.add_task(label, total=total, completed=done, figures="")
             self._bar.start()
+
+    def watch(self, label: str, total: int) -> Callable[[int, int], None]:
+        """Begin to show how far something is; the function is told (done, in all)."""
+        self.start_progress(label, total)
+        return lambda done, _: self.progress(done)
 
     def progress(self, done: int, label: str | None = None, figures: str = "") -> None:
         """Show that `done` of the total are done; without a terminal at most one line per 10 s, and one for the last."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sdxl_train.console import Console
 from sdxl_train.data.caching import PreparedLatents, VaeInUse, Work, complete_report, prepare_latents, prepare_pictures
+from sdxl_train.data.captions import TokenReport, token_report
 from sdxl_train.data.index import Index
 from sdxl_train.data.indexing import Indexed, build_index
 from sdxl_train.data.records import INDEX_NAME, Records, read_records, write_records
@@ -64,7 +65,7 @@ class Dataset:
         self._config = settings.config
         self._records = records
         self._console = console
-        self._work = Work(console.warn, check_stop, self._progress)
+        self._work = Work(console.warn, check_stop, console.watch)
         problems: list[Problem] = []
         indexed = read_dataset(settings, console.warn, problems)
         self.index: Index = indexed.index
@@ -82,10 +83,15 @@ class Dataset:
         with self._kept():
             return prepare_latents(self.index, vae, self._config, self._work, to_disk, in_memory)
 
-    def prepare_pictures(self) -> int:
+    def prepare_pictures(self) -> None:
         """See `caching.prepare_pictures`."""
         with self._kept():
-            return prepare_pictures(self.index, self._config, self._work)
+            prepare_pictures(self.index, self._config, self._work)
+
+    def count_long_captions(self, count_tokens: Callable[[str], int]) -> TokenReport:
+        """See `captions.token_report`."""
+        with self._kept():
+            return token_report(self.index, self._config.max_token_length, count_tokens)
 
     def _map_records(self, records: Path) -> None:
         """Go on with the columns as they lie in the file: the memory in which they were put together is free again."""
@@ -116,12 +122,8 @@ class Dataset:
             if _found_out(self.index) != before:
                 self.keep_records()
 
-    def _progress(self, label: str, total: int) -> Callable[[int, int], None]:
-        self._console.start_progress(label, total)
-        return lambda done, total: self._console.progress(done)
-
 
 def _found_out(index: Index) -> tuple[bytes | str, ...]:
-    """What changes when something new is found out about pictures and caches."""
-    columns = (index.is_decoded, index.is_bad, index.caches.stamps, index.caches.is_verified, index.caches.has_flipped)
+    """What changes when something new is found out about pictures, captions and caches."""
+    columns = (index.num_tokens, index.is_decoded, index.is_bad, index.caches.stamps, index.caches.is_verified, index.caches.has_flipped)
     return index.vae_digest, *(column.tobytes() for column in columns)

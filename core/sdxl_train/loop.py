@@ -20,6 +20,7 @@ from sdxl_train.model.text import encode_prompts
 from sdxl_train.moments import EpochLoss, after_epoch, after_step, before_first_step, current_rates, finish
 from sdxl_train.randomness import StepRandom
 from sdxl_train.run import Run
+from sdxl_train.timesteps import draw_timesteps
 
 
 def train(run: Run) -> None:
@@ -93,14 +94,7 @@ def training_loss(run: Run, batch: Batch) -> Tensor:
     keys, hooks, schedule = run.parts.keys, run.parts.hooks, run.noise_scheduler
     latents = batch.latents
     assert latents is not None
-    timesteps = hooks.sample_timesteps(
-        batch_size=len(batch),
-        min_timestep=keys.min_timestep,
-        max_timestep=keys.max_timestep,
-        batch=batch,
-        random=StepRandom(batch.places, "sample_timesteps"),
-    )
-    timesteps = to_device(timesteps, run.device)  # [B]
+    timesteps = to_device(draw_timesteps(batch, hooks, keys), run.device)  # [B]
 
     random = StepRandom(batch.places, "shape_noise", run.device)
     noise = hooks.shape_noise(noise=batch.noise, latents=latents, timesteps=timesteps, batch=batch, random=random)

@@ -5,7 +5,7 @@ The samples come out of the same epoch plan, fetcher and hooks as in training, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -15,7 +15,7 @@ import numpy as np
 from sdxl_train.config import Settings
 from sdxl_train.console import Console
 from sdxl_train.data.batches import Batch, Fetcher, assemble
-from sdxl_train.data.caches import check_caches
+from sdxl_train.data.caches import check_caches, never_stop
 from sdxl_train.data.caching import settle_bad_pictures
 from sdxl_train.data.captions import choose_and_process
 from sdxl_train.data.encoding import check_pictures
@@ -27,7 +27,7 @@ from sdxl_train.keys import Config
 from sdxl_train.model.tokenizer import PromptTokenizer
 from sdxl_train.plugins import Plugins
 from sdxl_train.preview_pages import PreviewPages, preview_table
-from sdxl_train.randomness import StepRandom
+from sdxl_train.timesteps import draw_timesteps
 
 if TYPE_CHECKING:
     from sdxl_train.data.image_info import ImageInfo
@@ -122,7 +122,7 @@ def _samples(index: Index, plugins: Plugins, keys: Config, plan: EpochPlan, step
     number = 0
     for i, entry in enumerate(plan):
         batch = assemble(fetcher(entry), index, None)
-        timesteps = _timesteps(batch, plugins.hooks, keys)
+        timesteps = draw_timesteps(batch, plugins.hooks, keys).tolist()
         for row, (datum, occurrence) in enumerate(entry.data):
             number += 1
             num_tokens = len(tokenizer.content_ids(batch.captions[row]))
@@ -160,27 +160,20 @@ def _refuse_absent_epoch(keys: Config, epoch: int, num: int) -> None:
 def _read_data(settings: Settings, console: Console) -> Index:
     """The index as training has it when it plans an epoch. Pictures are decoded only to leave out bad ones, which changes the order."""
     keys, leaves_out = settings.config, settings.config.bad_images == "skip"
-    index = Dataset(settings, None, console, _never_stop).index
+    index = Dataset(settings, None, console, never_stop).index
     encoded = np.flatnonzero(index.num_repeats).tolist()
-
-    def progress(label: str) -> Callable[[int, int], None]:
-        console.start_progress(label, len(encoded))
-        return lambda done, _: console.progress(done)
 
     try:
         if keys.cache_latents:  # a cache has a bucket and a crop of its own
-            encoded = check_caches(index, keys, None, [], _never_stop, progress("checking caches"), read_values=leaves_out).missing
+            progress = console.watch("checking caches", len(encoded))
+            encoded = check_caches(index, keys, None, [], never_stop, progress, read_values=leaves_out).missing
         if leaves_out:
             encoded = [row for row in encoded if index.image_path(row) and not index.is_decoded[row]]
-            bad = check_pictures(index, encoded, keys, _never_stop, progress("checking pictures"))
+            bad = check_pictures(index, encoded, keys, never_stop, console.watch("checking pictures", len(encoded)))
             settle_bad_pictures(index, keys, bad, console.warn, [])
     finally:
         console.end_progress()
     return index
-
-
-def _never_stop() -> None:
-    """Nothing here has to be ended with care: Ctrl-C may raise at any place."""
 
 
 def _trained_part(plan: EpochPlan, steps_before: int, keys: Config) -> EpochPlan:
@@ -192,18 +185,6 @@ def _trained_part(plan: EpochPlan, steps_before: int, keys: Config) -> EpochPlan
             f"--epoch {plan.epoch} is never trained, since max_train_steps = {keys.max_train_steps} and {steps_before} steps come before"
         )
     return plan[: (keys.max_train_steps - steps_before) * keys.gradient_accumulation_steps]
-
-
-def _timesteps(batch: Batch, hooks: HookSpecs, keys: Config) -> list[int]:
-    """As `loop.training_loss` draws them: the name of the stream is part of the draw."""
-    timesteps = hooks.sample_timesteps(
-        batch_size=len(batch),
-        min_timestep=keys.min_timestep,
-        max_timestep=keys.max_timestep,
-        batch=batch,
-        random=StepRandom(batch.places, "sample_timesteps"),
-    )
-    return timesteps.tolist()
 
 
 class _TextNames:

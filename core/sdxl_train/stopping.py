@@ -54,6 +54,16 @@ class StopRequest:
 
 
 @contextmanager
+def ending_with_its_code() -> Iterator[StopRequest]:
+    """As `stop_requests`; a signal that ends the block ends the process, with the signal's exit code."""
+    try:
+        with stop_requests() as request:
+            yield request
+    except Interrupted as interrupted:
+        sys.exit(interrupted.exit_code)
+
+
+@contextmanager
 def stop_requests() -> Iterator[StopRequest]:
     """Listen for stop signals within the block. A SIGHUP that was ignored at start (nohup) stays ignored."""
     request = StopRequest()

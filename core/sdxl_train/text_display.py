@@ -1,7 +1,7 @@
 """Names and texts from outside as they may stand in a message."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def shown(name: str) -> str:
@@ -9,9 +9,10 @@ def shown(name: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in name)
 
 
-def listed(names: list[str], limit: int = 20) -> str:
-    """The first `limit` names, comma separated, and how many more there are."""
-    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+def listed(names: Sequence[str], limit: int = 20, total: int | None = None) -> str:
+    """The first `limit` names, comma separated, and how many more there are; `total`: of all, where `names` are only the first."""
+    num_more = (len(names) if total is None else total) - limit
+    more = f", and {num_more} more" if num_more > 0 else ""
     return ", ".join(shown(name) for name in names[:limit]) + more
 
 

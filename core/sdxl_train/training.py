@@ -13,7 +13,7 @@ from sdxl_train.config import Settings
 from sdxl_train.console import Console
 from sdxl_train.errors import ConfigError
 from sdxl_train.output_dir import locked_output_dir, prepare_output_dir, resolve_output_dir
-from sdxl_train.stopping import Interrupted, StopRequest, stop_requests
+from sdxl_train.stopping import StopRequest, ending_with_its_code
 
 
 def run_training(settings: Settings) -> None:
@@ -29,10 +29,8 @@ def run_training(settings: Settings) -> None:
     for warning in settings.warnings:
         console.warn(warning)
     try:
-        with stop_requests() as stop:
+        with ending_with_its_code() as stop:
             _train(settings, console, stop)
-    except Interrupted as interrupted:
-        sys.exit(interrupted.exit_code)
     finally:  # else a second run in this process would say everything twice
         logging.getLogger("sdxl_train").removeHandler(to_console)
 

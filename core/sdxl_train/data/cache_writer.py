@@ -17,7 +17,6 @@ from sdxl_train.data.images import SourceFile
 from sdxl_train.data.index import BESIDE, Index, pair
 from sdxl_train.data.latent_file import CacheHeader, write_cache
 from sdxl_train.data.problems import refuse
-from sdxl_train.data.sources import FileStamp, file_stamp
 from sdxl_train.errors import DataError, Problem
 from sdxl_train.text_display import listed, shown
 
@@ -25,7 +24,7 @@ _LEFTOVER_S = 600.0  # no cache takes so long to write
 _NUM_THREADS = 4  # each waits for the disk most of the time
 _MAX_WAITING = 64  # caches that are encoded and not yet written
 
-_Written = tuple[int, FileStamp, CacheHeader]
+_Written = tuple[int, CacheHeader]
 
 
 def prepare_folders(index: Index, data: Sequence[int]) -> None:
@@ -125,13 +124,11 @@ class CacheWriter:
         except OSError as error:
             needed = (1 + self._flip_aug) * plain.nbytes
             raise DataError(f"{shown(path)}: the cache ({needed} bytes) cannot be written: {error.strerror or error}") from error
-        stamp = file_stamp(path)
-        assert stamp is not None, "the cache was written"
-        return datum, stamp, header
+        return datum, header
 
     def _note(self, written: _Written) -> None:
-        datum, stamp, header = written
+        datum, header = written
         # Verified is what fits `index.vae_digest`, which caches that are trusted leave as it is.
         is_verified = self._index.vae_digest == self._vae_digest.hex()
-        note(self._index, datum, BESIDE, stamp, header, header.has_flipped, is_verified)
+        note(self._index, datum, BESIDE, header, header.has_flipped, is_verified)
         self.num_written += 1

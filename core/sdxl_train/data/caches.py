@@ -10,20 +10,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sdxl_train.data.file_stamps import FileStamp, file_stamp, stamp_of
 from sdxl_train.data.index import BESIDE, ELSEWHERE, SIZED, Index, pair
 from sdxl_train.data.latent_file import BadCache, CacheHeader, file_digest, read_header, verify
-from sdxl_train.data.sources import FileStamp, file_stamp
 from sdxl_train.errors import Problem
 from sdxl_train.text_display import shown
 
 if TYPE_CHECKING:
     from sdxl_train.keys import Config
 
-CheckStop = Callable[[], None]  # raises to end the work
+CheckStop = Callable[[], None]  # raises to end the work; see `never_stop`
 OnProgress = Callable[[int, int], None]  # (done, in all)
 
 MAX_THREADS = 16
 _AT_ONCE = 64  # caches of one piece of work for a thread
+
+
+def never_stop() -> None:
+    """The `CheckStop` of work that Ctrl-C may end at any place."""
 
 
 @dataclass
@@ -72,12 +76,12 @@ def check_caches(
     trained = (index.num_repeats > 0) & (index.image_paths.lengths == 0) if only_caches else index.num_repeats > 0
     waiting = _changed(index, np.flatnonzero(trained).tolist(), config, check)
     num_done, num_all = check.num_unchanged, check.num_unchanged + len(waiting)
-    for row, place, stamp, found in _examined(index, waiting, config, vae_digest, read_values):
+    for row, place, found in _examined(index, waiting, config, vae_digest, read_values):
         check_stop()
         if isinstance(found, CacheHeader):
             # Flipped latents that were not verified do not count as there: with flip_aug they are read.
             has_flipped = found.has_flipped and (config.flip_aug or not read_values)
-            note(index, row, place, stamp, found, has_flipped, is_verified=read_values)
+            note(index, row, place, found, has_flipped, is_verified=read_values)
             check.num_checked += 1
         else:
             index.caches.forget(row)
@@ -91,10 +95,10 @@ def check_caches(
     return check
 
 
-def note(index: Index, row: int, place: int, stamp: FileStamp, header: CacheHeader, has_flipped: bool, is_verified: bool) -> None:
+def note(index: Index, row: int, place: int, header: CacheHeader, has_flipped: bool, is_verified: bool) -> None:
     """This is the cache of the datum; `has_flipped`: with flipped latents that can be used."""
     caches = index.caches
-    caches.stamps[row] = stamp
+    caches.stamps[row] = stamp_of(header.status)
     caches.is_verified[row] = is_verified
     caches.offsets[row] = header.offsets
     caches.sizes[row] = header.bucket
@@ -111,9 +115,9 @@ def _forget_other_vae(index: Index, config: Config, vae_digest: bytes | None) ->
         index.vae_digest = vae_digest.hex()
 
 
-def _changed(index: Index, data: list[int], config: Config, check: CacheCheck) -> list[tuple[int, int, FileStamp]]:
-    """(row, place, stamp) of the caches that must be read; pictures without any and caches that are as they were are noted in `check`."""
-    waiting: list[tuple[int, int, FileStamp]] = []
+def _changed(index: Index, data: list[int], config: Config, check: CacheCheck) -> list[tuple[int, int]]:
+    """(row, place) of the caches that must be read; pictures without any and caches that are as they were are noted in `check`."""
+    waiting: list[tuple[int, int]] = []
     caches = index.caches
     fits = caches.has_flipped if config.flip_aug else np.ones(len(index), bool)
     if config.check_cache_validity:
@@ -123,14 +127,14 @@ def _changed(index: Index, data: list[int], config: Config, check: CacheCheck) -
         if stamp is None:
             index.caches.forget(row)
             if index.image_path(row) is None:
-                waiting.append((row, place, (0, 0, 0, 0)))  # it vanished a moment ago
+                waiting.append((row, place))  # it vanished a moment ago
             else:
                 check.missing.append(row)
         elif fits[row] and place == caches.places[row] and stamp == tuple(caches.stamps[row].tolist()):
             check.num_unchanged += 1
             index.bucket_sizes[row] = caches.sizes[row]
         else:
-            waiting.append((row, place, stamp))
+            waiting.append((row, place))
     return waiting
 
 
@@ -147,14 +151,13 @@ def _locate(index: Index, row: int) -> tuple[int, FileStamp | None]:
 
 
 def _examined(
-    index: Index, waiting: list[tuple[int, int, FileStamp]], config: Config, vae_digest: bytes | None, read_values: bool
-) -> Iterator[tuple[int, int, FileStamp, CacheHeader | BadCache]]:
+    index: Index, waiting: list[tuple[int, int]], config: Config, vae_digest: bytes | None, read_values: bool
+) -> Iterator[tuple[int, int, CacheHeader | BadCache]]:
     """Each cache with its header, or with what is wrong with it. Threads read: disk, checksums and numpy let them."""
 
-    def examine(one: tuple[int, int, FileStamp]) -> CacheHeader | BadCache:
-        row, place, _ = one
+    def examine(one: tuple[int, int]) -> CacheHeader | BadCache:
         try:
-            return _examine(index, row, index.cache_path_at(row, place), config, vae_digest, read_values)
+            return _examine(index, one[0], index.cache_path_at(*one), config, vae_digest, read_values)
         except BadCache as bad:
             return bad
 

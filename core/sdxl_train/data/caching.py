@@ -58,7 +58,7 @@ class VaeInUse:
 class PreparedLatents:
     """
     Attributes:
-        store: None where no latents are kept in memory (`keep` False) and none are on the disk.
+        store: where batches get them from.
         check: what was found out about the caches that were there.
         num_encoded: pictures that were encoded now.
         num_ignored_profiles: of these, how many have a colour profile that could not be used.
@@ -116,16 +116,14 @@ def prepare_latents(index: Index, vae: VaeInUse, config: Config, work: Work, to_
     return PreparedLatents(memory or store, check, len(check.missing) - len(bad), len(profiles))
 
 
-def prepare_pictures(index: Index, config: Config, work: Work) -> int:
-    """Decode every picture once that no earlier start has decoded, for runs that encode in every step; how many these were.
+def prepare_pictures(index: Index, config: Config, work: Work) -> None:
+    """Decode every picture once that no earlier start has decoded, for runs that encode in every step.
 
     Raises:
         DataError: bad pictures, all named; or data that have only a cache.
     """
     refuse(missing_pictures(index))
-    num_before = int(index.is_decoded.sum())
     settle_bad_pictures(index, config, _check_rest(index, config, work), work.warn, [])
-    return int(index.is_decoded.sum()) - num_before
 
 
 def missing_pictures(index: Index) -> list[Problem]:

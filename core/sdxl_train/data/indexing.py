@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from sdxl_train.data.buckets import choose_buckets
 from sdxl_train.data.columns import NameColumn, TextColumn
 from sdxl_train.data.counter import count_tags
+from sdxl_train.data.file_stamps import file_stamps
 from sdxl_train.data.image_headers import BadImage
 from sdxl_train.data.images import image_header
 from sdxl_train.data.index import Caches, Index, Stamps
 from sdxl_train.data.latent_file import BadCache, read_header
-from sdxl_train.data.sources import Candidates, Inputs, captions_digest, file_stamps, find_candidates
+from sdxl_train.data.sources import Candidates, Inputs, captions_digest, find_candidates
 from sdxl_train.errors import Problem
 from sdxl_train.text_display import listed
 
@@ -37,6 +38,7 @@ _Item = TypeVar("_Item")
 _Answer = TypeVar("_Answer")
 
 _FILES_AT_ONCE = 256  # of one piece of work for a thread
+_LISTED = 20  # names in a warning
 
 
 @dataclass(frozen=True)
@@ -261,11 +263,8 @@ def _tell(index: Index, warn: Warn) -> None:
         warn(f"{len(index.run_folders)} folders hold a training run and are no data: {listed(index.run_folders)}")
     silent = np.flatnonzero((index.num_repeats > 0) & ~index.has_caption & ~index.has_description)
     if len(silent):
-        keys = [index.key(row) for row in silent[:LISTED].tolist()] + [""] * (len(silent) - LISTED)
-        warn(f"{len(silent)} pictures have neither caption nor description and are trained on the empty text: {listed(keys)}")
-
-
-LISTED = 20
+        names = listed([index.key(row) for row in silent[:_LISTED].tolist()], _LISTED, len(silent))
+        warn(f"{len(silent)} pictures have neither caption nor description and are trained on the empty text: {names}")
 
 
 def nothing_to_train(config: Config, index: Index) -> Problem:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from sdxl_train.atomic import atomic_file
 from sdxl_train.data.buckets import Placement, Size
+from sdxl_train.data.file_stamps import stamp_of
 from sdxl_train.data.npz_file import DAMAGE, BadCache, NpzArray, NpzFile, opened, packed, unreadable
 from sdxl_train.model.architecture import LATENT_CHANNELS, PX_PER_LATENT
 
@@ -205,7 +206,7 @@ def verify(header: CacheHeader, flip_aug: bool) -> None:
         OSError: as `read_header`.
     """
     with opened(header.path) as archive:
-        if _identity(archive.status) != _identity(header.status):
+        if stamp_of(archive.status) != stamp_of(header.status):
             raise BadCache.of(header.path, "it was changed while it was read; nothing else may write to it")
         for key in KEYS[: 1 + flip_aug]:
             for values in archive.pieces(_latents(archive, header.path, key + header.suffix, header.shape)):
@@ -329,7 +330,3 @@ def _crop(ltrb: list[int] | None, bucket: Size) -> tuple[int, int, int]:
         return 0, 0, 0
     left, top, right, _ = ltrb
     return max(0, left), max(0, top), max(0, bucket[0] - right)
-
-
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino

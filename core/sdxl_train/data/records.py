@@ -18,8 +18,9 @@ import numpy as np
 
 from sdxl_train.atomic import atomic_file
 from sdxl_train.data.columns import NameColumn, TextColumn
+from sdxl_train.data.file_stamps import FileStamp, file_stamp
 from sdxl_train.data.index import Caches, Index
-from sdxl_train.data.sources import FileStamp, Inputs, file_stamp
+from sdxl_train.data.sources import Inputs
 from sdxl_train.errors import CheckpointError
 from sdxl_train.model.safetensors_header import read_header
 

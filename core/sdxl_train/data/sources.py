@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import struct
 import time
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_train.data.columns import TextColumn
+from sdxl_train.data.file_stamps import file_stamp, file_stamps
 from sdxl_train.data.latent_file import cache_path_of
 from sdxl_train.data.metadata import read_caption_file
 from sdxl_train.data.metadata_files import read_metadata_files
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
 # A folder that changed so shortly before it was read may change again without another time stamp.
 _UNSURE_NS = 2_000_000_000
-
-FileStamp = tuple[int, int, int, int]  # size, mtime_ns, ctime_ns, inode
 
 
 @dataclass
@@ -88,37 +85,10 @@ class Inputs:
         )
 
 
-def file_stamp(path: str | bytes) -> FileStamp | None:
-    """What tells whether a file has changed; None where there is none."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):  # ValueError: a NUL in the name
-        return None
-    # The inode is cut to what a column of int64 holds.
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino & 0x7FFF_FFFF_FFFF_FFFF
-
-
-def file_stamps(paths: Sequence[bytes]) -> NDArray[np.int64]:
-    """The stamps of many files, zeros where there is none. [N, 4]"""
-    flat = array("q")
-    for path in paths:
-        flat.extend(file_stamp(path) or _NO_FILE)
-    return np.frombuffer(flat, np.int64).reshape(-1, 4) if flat else np.zeros((0, 4), np.int64)
-
-
-_NO_FILE = (0, 0, 0, 0)
-
-
 def captions_digest(keys: TextColumn, sources: Iterable[str]) -> str:
     """Changes when a caption file comes, goes or changes. `sources` are the pictures or caches, beside which the captions are."""
-    digest = blake2b(digest_size=16)
-    for key, source in zip(keys, sources, strict=True):
-        stamp = file_stamp(_caption_path(key, source)) or _NO_FILE
-        digest.update(_STAMP.pack(*stamp))
-    return digest.hexdigest()
-
-
-_STAMP = struct.Struct("<4q")
+    stamps = file_stamps(map(_caption_path, keys, sources))
+    return blake2b(stamps.tobytes(), digest_size=16).hexdigest()
 
 
 def _caption_path(key: str, source: str) -> str:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from sdxl_train.data import caches, encoding, indexing
 from sdxl_train.data.caching import VaeInUse
-from sdxl_train.data.sources import file_stamp
+from sdxl_train.data.file_stamps import file_stamp
 from sdxl_train.dataset import Dataset
 from sdxl_train.errors import DataError
 from sdxl_train.keys import Config
@@ -60,8 +60,9 @@ class Silent:
     """Stands for the console."""
 
     def warn(self, text): ...
-    def start_progress(self, label, total): ...
-    def progress(self, done): ...
+    def watch(self, label, total):
+        return lambda done, total: None
+
     def end_progress(self): ...
 
 
