@@ -43,7 +43,7 @@ class BatchLoader:
     Args:
         plugins: used with 0 workers; each loader process makes its own instances of them.
         store: the latents to train from; None decodes pixels instead, which are to be encoded in each step.
-        limit_s: so many seconds without a batch are an error.
+        limit_s: so many seconds without a batch are an error; the attribute may be set at any time.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class BatchLoader:
         self._index = index
         self._store = store
         self._device = device
-        self._limit_s = limit_s
+        self.limit_s = limit_s
         self._fetcher = Fetcher(index, plugins, PromptTokenizer(), config, seed, with_pixels=store is None)
         self.num_workers = min(config.max_dataloader_n_workers, (os.cpu_count() or 1) - 1)
         self._is_persistent = config.persistent_data_loader_workers and self.num_workers > 0
@@ -106,7 +106,7 @@ class BatchLoader:
         return assemble(fetched, self._index, self._store).to(self._device)
 
     def _next(self, prefetch: _Prefetch, processes: LoaderProcesses, entry: BatchPlan) -> Batch:
-        end = time.monotonic() + self._limit_s
+        end = time.monotonic() + self.limit_s
         while True:
             try:
                 return prefetch.next(POLL_S)
@@ -118,7 +118,7 @@ class BatchLoader:
             if time.monotonic() > end:
                 processes.check(any_end=True)  # on a busy machine DataLoader may miss that a process left by itself
                 keys = ", ".join(shown(self._index.key(datum)) for datum, _ in entry.data)
-                raise WorkerStuckError(f"data loader: no batch for {self._limit_s:g} s; stuck at this one of epoch {entry.epoch}: {keys}")
+                raise WorkerStuckError(f"data loader: no batch for {self.limit_s:g} s; stuck at this one of epoch {entry.epoch}: {keys}")
 
 
 class _Prefetch:
