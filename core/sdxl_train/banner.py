@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from sdxl_train import not_built
 from sdxl_train.config import Settings
 from sdxl_train.plugin_discovery import OWN_DISTRIBUTION
@@ -27,7 +29,7 @@ def banner(run: Run, settings: Settings) -> str:
         f"effective batch: {keys.batch_size * accumulation} = {keys.batch_size} batch_size x {accumulation} accumulation x 1 process",
         f"trained: {trained}; prediction_type {keys.prediction_type}" + (", zero terminal SNR" if keys.zero_terminal_snr else ""),
         f"precision: {_precision(run)}; attention: {'sdpa' if keys.sdpa else 'plain'}; device: {run.device}"
-        + ("; gradient checkpointing" if keys.gradient_checkpointing else ""),
+        + "".join(f"; {name.replace('_', ' ')}" for name in ("gradient_checkpointing", "fused_backward", "compile") if values[name]),
         f"optimizer: {_named(run, 'optimizer_type')}; schedule: {_named(run, 'lr_scheduler')}, warm-up {keys.lr_warmup_steps} steps",
         f"timesteps: {_named(run, 'timestep_sampler_type')} in [{keys.min_timestep}, {keys.max_timestep})",
         f"loss: {_named(run, 'loss_type')}",
@@ -47,6 +49,8 @@ def banner(run: Run, settings: Settings) -> str:
 def summary(run: Run) -> str:
     """How the run ended."""
     lines = [f"done: {run.step} steps" + (f", stopped by a plugin: {run.stop_reason}" if run.stop_reason else "")]
+    if run.parts.update.overflows:
+        lines.append(f"{run.parts.update.overflows} steps left out by the loss scaling of fp16, since their gradients overflowed")
     if run.dropped_steps:
         lines.append(f"{run.dropped_steps} steps were dropped, since their loss was not finite")
     counts = run.parts.index.summary
@@ -92,9 +96,8 @@ def _trained_part(group: dict[str, Any]) -> str:
 
 
 def _precision(run: Run) -> str:
-    dtype = str(run.dtype).removeprefix("torch.")
-    network = "float32" if dtype == "float32" else f"autocast {dtype}, trained weights float32"
-    return f"{network}, VAE {str(run.vae.dtype).removeprefix('torch.')}"
+    scaled = ", scaled loss" if run.parts.precision.compute is torch.float16 else ""
+    return f"{run.parts.precision}{scaled}, VAE {str(run.vae.dtype).removeprefix('torch.')}"
 
 
 def _named(run: Run, key: str) -> str:

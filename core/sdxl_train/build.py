@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,13 +19,14 @@ from sdxl_train.keys import Config
 from sdxl_train.loss_recorder import LossRecorder
 from sdxl_train.metrics import MetricsReader, Speed
 from sdxl_train.model.attention import set_attention
-from sdxl_train.model.single_file import Checkpoint, load_text_encoders, load_unet, load_vae, open_checkpoint, vae_encoder_digest
+from sdxl_train.model.single_file import Checkpoint, load_vae, open_checkpoint, vae_encoder_digest
 from sdxl_train.model.text import check_clip_skip
 from sdxl_train.model.tokenizer import load_tokenizers
+from sdxl_train.networks import Networks, load_networks
+from sdxl_train.precision import COMPUTE_DTYPES, Precision
 from sdxl_train.run import Parts, Run
 from sdxl_train.stopping import StopRequest
-
-AUTOCAST_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from sdxl_train.update import Update
 
 
 def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Console, stop: StopRequest) -> Run:
@@ -41,7 +41,7 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
     keys = settings.config
     plugins = settings.plugins
     samples = list(settings.samples)
-    device, dtype = pick_device(keys), AUTOCAST_DTYPES[keys.mixed_precision]
+    device, precision = pick_device(keys), Precision.of(keys)
     base = open_checkpoint(keys.pretrained_model_name_or_path, keys.vae)
     for problem in contradicted_marks(base, settings):
         raise ConfigError(problem.message, [problem])
@@ -55,21 +55,15 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
     stop.check()
 
     vae = load_vae_in_use(base, keys, device)
-    unet = load_unet(base, torch.float32)
-    set_attention(unet, vae.module, "sdpa" if keys.sdpa else "plain")
+    networks = load_networks(base, keys)
+    set_attention(networks.unet, vae.module, "sdpa" if keys.sdpa else "plain")
     latents = _latents(dataset, vae, keys)
-    unet = unet.to(device).train()  # pyright: ignore[reportArgumentType, reportCallIssue]
-    if keys.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    text_encoders = load_text_encoders(base, dtype)
-    for encoder in text_encoders:
-        encoder.to(device).requires_grad_(False).eval()  # pyright: ignore[reportArgumentType]
+    _to_device(networks, device, keys)
 
     batches = num_batches(index, keys.batch_size)
     per_epoch = steps_per_epoch(batches, keys.gradient_accumulation_steps, 1)
     num_steps = min(per_epoch * keys.num_train_epochs, keys.max_train_steps or per_epoch * keys.num_train_epochs)
-    groups: list[dict[str, Any]] = [{"name": "unet", "params": list(unet.parameters()), "lr": keys.learning_rate}]
-    optimizer = plugins.hooks.build_optimizer(param_groups=groups)
+    optimizer = plugins.hooks.build_optimizer(param_groups=networks.param_groups)
     lr_scheduler = plugins.hooks.build_lr_scheduler(
         optimizer=optimizer, num_warmup_steps=keys.lr_warmup_steps, num_training_steps=num_steps
     )
@@ -88,15 +82,17 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
         samples=samples,
         latents=latents,
         long_captions=dataset.count_long_captions(tokenizer.count),
+        precision=precision,
+        update=Update(optimizer, lr_scheduler, keys, device),
     )
     run = Run(
         config=settings.values,
         output_dir=output_dir,
         log_dir=log_dir,
         device=device,
-        dtype=dtype,
-        unet=unet,
-        text_encoders=text_encoders,
+        dtype=precision.compute,
+        unet=networks.unet,
+        text_encoders=networks.text_encoders,
         vae=vae.module,
         optimizer=optimizer,
         lr_scheduler=lr_scheduler,
@@ -107,6 +103,14 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
         parts=parts,
     )
     return run
+
+
+def _to_device(networks: Networks, device: torch.device, keys: Config) -> None:
+    """Bring the networks where they train. Parameters stay the same objects, or the optimizer would have others."""
+    for network in networks.parts.values():
+        network.to(device)
+    if keys.gradient_checkpointing:
+        networks.unet.enable_gradient_checkpointing()
 
 
 def pick_device(keys: Config) -> torch.device:
@@ -125,7 +129,7 @@ def pick_device(keys: Config) -> torch.device:
 
 def load_vae_in_use(base: Checkpoint, keys: Config, device: torch.device) -> VaeInUse:
     """The VAE of the base or of the key `vae`, on its device, in the dtype it runs in."""
-    dtype = torch.float32 if keys.no_half_vae else AUTOCAST_DTYPES[keys.mixed_precision]
+    dtype = torch.float32 if keys.no_half_vae else COMPUTE_DTYPES[keys.mixed_precision]
     vae = load_vae(base, dtype).to(device)  # pyright: ignore[reportArgumentType]
     vae.requires_grad_(False).eval()
     return VaeInUse(vae, device, vae_encoder_digest(base), str(dtype).removeprefix("torch."))

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdxl_train.learning_rates import block_rates
+
 Values = Mapping[str, Any]
 Rule = tuple[tuple[str, ...], str]
 
@@ -17,7 +19,7 @@ def broken_rules(values: Values, bad: set[str], needs: set[str]) -> Iterator[Rul
         values: every effective key.
         needs: what the command works with: "data", "training", "samples".
     """
-    for rule in (_precision, _steps, _sampling, _inputs):
+    for rule in (_precision, _steps, _fused, _sampling, _inputs):
         yield from (found for found in rule(values, needs) if not bad & set(found[0]))
 
 
@@ -54,8 +56,25 @@ def _steps(values: Values, needs: set[str]) -> Iterator[Rule]:
     trains_text = values["train_text_encoder"] and any(
         values["learning_rate"] if values[key] is None else values[key] for key in ("learning_rate_te1", "learning_rate_te2")
     )
-    if "training" in needs and values["learning_rate"] == 0 and not trains_text and not values["block_lr"]:
-        yield ("learning_rate",), "learning_rate = 0 leaves nothing to train"
+    by_block = values["block_lr"] is not None
+    if by_block and values["learning_rate"] == 0:
+        yield ("block_lr", "learning_rate"), "block_lr with learning_rate = 0: leave block_lr out, or set a learning_rate"
+    elif "training" in needs and not trains_text and not any(block_rates(values["block_lr"]) if by_block else [values["learning_rate"]]):
+        key = "block_lr" if by_block else "learning_rate"
+        yield (key,), f"{key} = 0 leaves nothing to train"
+
+
+def _fused(values: Values, needs: set[str]) -> Iterator[Rule]:
+    if "training" not in needs or not values["fused_backward"]:
+        return
+    for key, neutral, why in (
+        ("gradient_accumulation_steps", 1, "each gradient is used up by the first backward pass"),
+        ("max_grad_norm", 0, "the total norm is known only when all gradients are there"),
+    ):
+        if values[key] != neutral:
+            yield ("fused_backward", key), f"fused_backward = true needs {key} = {neutral}, got {values[key]}: {why}"
+    if values["mixed_precision"] == "fp16":
+        yield ("fused_backward", "mixed_precision"), 'fused_backward = true excludes mixed_precision = "fp16": an overflow shows too late'
 
 
 def _sampling(values: Values, needs: set[str]) -> Iterator[Rule]:

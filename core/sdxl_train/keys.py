@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import field_validator
 
+from sdxl_train.learning_rates import block_rates
 from sdxl_train.options import Options, option
 
 
@@ -77,6 +78,8 @@ class Config(Options):
     block_lr: float | str | list[float] | None = option(None, "deprecated: U-Net learning rate per block, one number or 23", zh="分块学习率（弃用）")
     lr_warmup_steps: int = option(100, "steps of linear warm-up", zh="学习率预热步数", ge=0)
     full_bf16: bool = option(False, "weights, gradients and text encoders in bf16: less memory, less precision", zh="全 bf16 精度，以显存换精度")
+    fused_backward: bool = option(False, "update each tensor as soon as its gradient is complete, and free the gradient: less memory, same result", zh="反向传播中逐张量更新并释放梯度，以节省显存")
+    compile: bool = option(False, "compile the blocks of the networks with torch.compile: faster after some minutes, same result within rounding", zh="用 torch.compile 编译网络模块，首次较慢，之后更快")
     full_fp16: bool = option(False, "weights, gradients and text encoders in fp16: less memory, less precision", zh="全 fp16 精度，以显存换精度")
     train_text_encoder: bool = option(False, "train both text encoders", zh="训练文本编码器")
     learning_rate_te1: float | None = option(None, "learning rate of text encoder 1; absent: learning_rate, 0 freezes it", zh="文本编码器 1 学习率", ge=0)
@@ -108,6 +111,13 @@ class Config(Options):
     check_cache_validity: bool = option(True, "verify existing caches before training and encode bad ones again", zh="检查缓存有效性")
     keep_cached_latents_in_memory: bool = option(True, "load latents once and keep them; false: read at each fetch", zh="保持缓存潜变量在内存中")
     async_cache: bool = option(True, "write cache files in the background while the next pictures are encoded", zh="异步写入缓存")
+
+    @field_validator("block_lr")
+    @classmethod
+    def _is_one_rate_or_one_a_block(cls, block_lr: float | str | list[float] | None) -> float | str | list[float] | None:
+        if block_lr is not None:
+            block_rates(block_lr)
+        return block_lr
 
     @field_validator("output_name")
     @classmethod

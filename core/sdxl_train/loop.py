@@ -65,6 +65,8 @@ def train_step(run: Run, batches: Iterator[Batch], num_micro_batches: int) -> Te
     keys_seen: list[str] = []
     encoded: list[tuple[Batch, Tensor]] = []  # batches encoded in this step, and whether each of their latents is finite
     finite = None
+    update = run.parts.update
+    update.begin(run.step + 1)
     for i in range(num_micro_batches):
         run.parts.stop.check()
         batch = _next_batch(run, batches)
@@ -76,15 +78,16 @@ def train_step(run: Run, batches: Iterator[Batch], num_micro_batches: int) -> Te
         batch_losses.append(loss.detach())
         if i == num_micro_batches - 1:
             finite = FiniteCheck(torch.stack(batch_losses))  # copied before the last backward pass is queued, read after it
-        (loss / num_micro_batches).backward()
-    run.parts.stop.check()
+        update.backward(loss / num_micro_batches)
+    if not update.is_done_in_backward:
+        run.parts.stop.check()
     run.parts.speed.step_done(len(keys_seen))
     if finite is None or not finite.is_finite():
-        run.optimizer.zero_grad(set_to_none=True)
+        update.drop()
         _refuse_nonfinite_latents(run, encoded)
         _drop(run, keys_seen)
         return None
-    _update(run)
+    update.apply()
     run.dropped_in_a_row = 0
     return torch.stack(batch_losses).mean()
 
@@ -103,7 +106,7 @@ def training_loss(run: Run, batch: Batch) -> Tensor:
     input_noise = hooks.shape_input_noise(noise=noise, timesteps=timesteps, batch=batch, random=random)
     noisy_latents = schedule.add_noise(latents, input_noise, timesteps)  # [B, 4, h, w]
 
-    with torch.no_grad():
+    with run.text_context():
         prompt_embeds, pooled = encode_prompts(batch.te1_ids, batch.te2_ids, *run.text_encoders, keys.clip_skip)
     sizes = (torch.tensor(pairs) for pairs in (batch.original_sizes, batch.crops, batch.target_sizes))
     time_ids = to_device(make_add_time_ids(*sizes), run.device)  # [B, 6]
@@ -130,18 +133,6 @@ def _refuse_nonfinite_latents(run: Run, encoded: list[tuple[Batch, Tensor]]) -> 
     paths = [index.source_path(batch.data[row]) for batch, finite in encoded for row, good in enumerate(finite.tolist()) if not good]
     if paths:
         raise nonfinite_latents_error(paths)
-
-
-def _update(run: Run) -> None:
-    """Clip, update the weights, advance the schedule."""
-    if run.parts.keys.max_grad_norm > 0:
-        trained = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
-        torch.nn.utils.clip_grad_norm_(trained, run.parts.keys.max_grad_norm)
-    run.is_updating = True
-    run.optimizer.step()
-    run.is_updating = False
-    run.lr_scheduler.step()
-    run.optimizer.zero_grad(set_to_none=True)
 
 
 def _drop(run: Run, keys_seen: list[str]) -> None:

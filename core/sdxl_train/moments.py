@@ -14,6 +14,7 @@ from torch import Tensor
 from sdxl_train.errors import ConfigError
 from sdxl_train.hookspecs import Moment
 from sdxl_train.model.saving import NotSavedError, file_markers, file_metadata, save_checkpoint
+from sdxl_train.networks import trained_values
 from sdxl_train.run import Run
 from sdxl_train.sample_round import render_training_round
 from sdxl_train.stopping import Interrupted
@@ -103,7 +104,7 @@ def finish(run: Run) -> Iterator[None]:
 
 def _save_last_completed(run: Run, moment: Moment) -> None:
     """After an interrupt or an exception: the weights are those after `run.step` steps, unless the update itself broke off."""
-    if run.is_updating:
+    if run.parts.update.is_under_way:
         run.parts.console.warn(f"nothing is saved: the exception came from inside the update of step {run.step + 1}")
         return
     run.parts.metrics.flush()
@@ -156,7 +157,7 @@ def save_model(run: Run) -> Path:
             raise ConfigError(f"checkpoint_metadata: two plugins, or a plugin and the trainer, give {', '.join(sorted(twice))}")
         metadata |= entries
     markers = file_markers(keys.prediction_type, keys.zero_terminal_snr)
-    save_checkpoint(path, run.parts.base, {"unet": run.unet.state_dict()}, keys.save_precision, metadata, markers)
+    save_checkpoint(path, run.parts.base, trained_values(run.networks), keys.save_precision, metadata, markers)
     return path
 
 

@@ -9,17 +9,11 @@ ACTS_AS: dict[str, Any] = {
     "save_train_state": False,
     "resume_from": None,
     "keep_models": 0,
-    "block_lr": None,
-    "full_bf16": False,
-    "full_fp16": False,
-    "train_text_encoder": False,
-    "learning_rate_te1": None,
-    "learning_rate_te2": None,
     "mem_eff_attn": False,
     "xformers": False,
     "diffusers_xformers": False,
 }
-REFUSED: dict[str, tuple[Any, ...]] = {"mixed_precision": ("fp16",)}
+REFUSED: dict[str, tuple[Any, ...]] = {}
 
 
 def refusals(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sdxl_train.learning_rates import text_encoder_rates
+from sdxl_train.model.key_names import TRAINABLE_PARTS, PartName
 
 if TYPE_CHECKING:
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from torch import nn
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -28,8 +33,10 @@ if TYPE_CHECKING:
     from sdxl_train.model.single_file import Checkpoint
     from sdxl_train.model.tokenizer import PromptTokenizer
     from sdxl_train.plugins import Plugins
+    from sdxl_train.precision import Precision
     from sdxl_train.sample_benchmark import SampleEntry
     from sdxl_train.stopping import StopRequest
+    from sdxl_train.update import Update
 
 
 @dataclass
@@ -49,6 +56,8 @@ class Parts:
     speed: Speed
     samples: list[SampleEntry]
     latents: PreparedLatents | None
+    precision: Precision
+    update: Update
     long_captions: TokenReport
 
     @property
@@ -65,7 +74,7 @@ class Run:
         output_dir: the resolved project folder.
         log_dir: `<output_dir>/logs/<time of start>`, where trackers write.
         device, dtype: where the networks compute, and in which dtype (autocast for trained parts).
-        unet, text_encoders, vae: diffusers' and transformers' modules; trained parts are float32.
+        unet, text_encoders, vae: diffusers' and transformers' modules; trained parts are float32 unless `full_bf16` or `full_fp16` is on.
         noise_scheduler: the noise schedule that is trained on.
         num_batches: micro-batches of an epoch.
         steps_per_epoch, num_train_steps: optimizer steps of an epoch and of the whole run.
@@ -99,14 +108,27 @@ class Run:
     dropped_in_a_row: int = 0
     stop_reason: str | None = None
     saved: dict[int, Path] = field(default_factory=dict)
-    is_updating: bool = False  # inside the parameter update: an exception from there leaves weights that must not be saved
+
+    @property
+    def networks(self) -> dict[PartName, nn.Module]:
+        """U-Net and text encoders by the names that single files and saving use."""
+        return dict(zip(TRAINABLE_PARTS, (self.unet, *self.text_encoders), strict=True))
 
     def autocast(self) -> torch.autocast:
-        """The precision context of the U-Net's forward pass; off in float32.
+        """The precision context of the networks' forward passes; off where weights and computation have the same dtype.
 
         With gradient checkpointing the weight cache is off: it would keep a second copy of all weights through the forward pass.
         """
         import torch
 
-        is_on = self.dtype is not torch.float32
+        is_on = self.parts.precision.uses_autocast
         return torch.autocast(self.device.type, self.dtype, enabled=is_on, cache_enabled=not self.parts.keys.gradient_checkpointing)
+
+    @contextmanager
+    def text_context(self) -> Iterator[None]:
+        """Around the encoding of texts: encoders that are frozen both run without gradients and without autocast."""
+        import torch
+
+        is_trained = any(text_encoder_rates(self.parts.keys))
+        with torch.set_grad_enabled(is_trained), self.autocast() if is_trained else nullcontext():
+            yield

@@ -12,6 +12,9 @@ from sdxl_train.model.architecture import CONTEXT_LENGTH, LATENT_CHANNELS, NUM_S
 
 PartName = Literal["unet", "vae", "text_encoder", "text_encoder_2"]
 
+# What can be trained, in the order of the networks in a run.
+TRAINABLE_PARTS: tuple[PartName, PartName, PartName] = ("unet", "text_encoder", "text_encoder_2")
+
 PREFIXES: dict[PartName, str] = {
     "unet": "model.diffusion_model.",
     "vae": "first_stage_model.",

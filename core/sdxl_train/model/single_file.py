@@ -321,14 +321,16 @@ def load_vae(checkpoint: Checkpoint, dtype: torch.dtype) -> AutoencoderKL:
     return _build(checkpoint, "vae", lambda: AutoencoderKL(**config), dtype)
 
 
-def load_text_encoders(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """Builds both text encoders on the CPU, in their own memory."""
+def load_text_encoders(
+    checkpoint: Checkpoint, dtype: torch.dtype, dtype_2: torch.dtype | None = None
+) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """Builds both text encoders on the CPU, in their own memory. `dtype_2`: of the second one; None takes `dtype`."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     configs = checkpoint.architecture.to_diffusers_configs()
-    first = _build(checkpoint, "text_encoder", lambda: CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])), dtype)
-    second = _build(checkpoint, "text_encoder_2", lambda: CLIPTextModelWithProjection(CLIPTextConfig(**configs["text_encoder_2"])), dtype)
-    return first, second
+    config, config_2 = CLIPTextConfig(**configs["text_encoder"]), CLIPTextConfig(**configs["text_encoder_2"])
+    first = _build(checkpoint, "text_encoder", lambda: CLIPTextModel(config), dtype)
+    return first, _build(checkpoint, "text_encoder_2", lambda: CLIPTextModelWithProjection(config_2), dtype_2 or dtype)
 
 
 def _build(checkpoint: Checkpoint, part: PartName, make: Callable[[], Network], dtype: torch.dtype) -> Network:

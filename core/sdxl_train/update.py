@@ -1,0 +1,143 @@
+"""From the losses of a step to new weights: backward pass, loss scaling, clipping, optimizer, learning-rate schedule."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sdxl_train.errors import ConfigError, SdxlTrainError
+from sdxl_train.masked_optimizer import MaskedOptimizer
+from sdxl_train.precision import LEAST_LOSS_SCALE, LossScaler
+from sdxl_train.randomness import stream_key
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from sdxl_train.keys import Config
+
+# torch.nn.utils.clip_grad_norm_ adds as much to the norm.
+_NORM_EPS = 1e-6
+
+
+class Update:
+    """Backward passes and the update that follows them.
+
+    Attributes:
+        is_under_way: weights are being changed: an exception from here leaves some that must not be saved.
+        overflows: steps that fp16's loss scaling left out, since their gradients were not finite.
+
+    Raises:
+        ConfigError: `fused_backward` with an optimizer that cannot step tensor by tensor.
+    """
+
+    def __init__(self, optimizer: Optimizer, lr_scheduler: LRScheduler, keys: Config, device: torch.device) -> None:
+        self._optimizer = optimizer
+        self._lr_scheduler = lr_scheduler
+        self._max_norm = keys.max_grad_norm
+        self._seed = keys.seed
+        self._masked = optimizer if isinstance(optimizer, MaskedOptimizer) else None
+        self._scaler = LossScaler(device.type) if keys.mixed_precision == "fp16" else None
+        self._is_fused = keys.fused_backward
+        self.is_under_way = False
+        self.overflows = 0
+        if self._is_fused:
+            if self._masked is None:
+                raise ConfigError(
+                    f"fused_backward = true needs an optimizer that can step tensor by tensor (AdaFactor, AdamW); "
+                    f"{type(optimizer).__name__} cannot"
+                )
+            _step_in_backward(optimizer, self._masked)
+
+    @property
+    def is_done_in_backward(self) -> bool:
+        """After `backward` the weights are those of the next step already (`fused_backward`)."""
+        return self._is_fused
+
+    def begin(self, step: int) -> None:
+        """Before the first backward pass of a step. `step`: its number, from 1."""
+        if self._masked is not None:
+            self._masked.step_key = stream_key("stochastic rounding", self._seed, step)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss. With `fused_backward` the weights change as well, unless the loss is not finite."""
+        if self._scaler is not None:
+            loss = self._scaler.scale(loss)
+        if not self._is_fused:
+            loss.backward()
+            return
+        assert self._masked is not None
+        self._masked.found_inf = (~torch.isfinite(loss.detach())).float()
+        self.is_under_way = True
+        self._masked.begin_step()
+        loss.backward()
+        self.is_under_way = False
+
+    def drop(self) -> None:
+        """Forget the gradients: the loss was not finite."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def apply(self) -> None:
+        """Clip, update the weights where that is not done yet, advance the schedule."""
+        if self._scaler is not None:
+            is_applied = self._apply_scaled(self._scaler)
+        else:
+            is_applied = True
+            if not self._is_fused:
+                self._clip()
+                self._step()
+        if is_applied:
+            self._lr_scheduler.step()
+        else:
+            self.overflows += 1
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _apply_scaled(self, scaler: LossScaler) -> bool:
+        """fp16: whether the gradients were finite and the weights are updated. Waits for the device."""
+        scaler.unscale_(self._optimizer)
+        if self._max_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self._trained(), self._max_norm)
+        scale = scaler.get_scale()
+        self.is_under_way = True
+        scaler.step(self._optimizer)
+        self.is_under_way = False
+        scaler.update()
+        if scaler.get_scale() < LEAST_LOSS_SCALE:
+            raise SdxlTrainError(
+                "the gradients overflow fp16 at every loss scale; the weights are those before the overflows. "
+                'mixed_precision = "bf16" has the range of float32'
+            )
+        return scaler.get_scale() >= scale
+
+    def _clip(self) -> None:
+        """Clip the total norm of all gradients; an optimizer that scales gradients by itself gets the factor."""
+        if self._max_norm <= 0:
+            return
+        if self._masked is None:
+            torch.nn.utils.clip_grad_norm_(self._trained(), self._max_norm)
+            return
+        gradients = [parameter.grad for parameter in self._trained() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._masked.grad_scale = ((norm.float() + _NORM_EPS) / self._max_norm).clamp(min=1)
+
+    def _step(self) -> None:
+        self.is_under_way = True
+        self._optimizer.step()
+        self.is_under_way = False
+
+    def _trained(self) -> list[Tensor]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+
+def _step_in_backward(optimizer: Optimizer, masked: MaskedOptimizer) -> None:
+    """Update each parameter, and free its gradient, as soon as that is complete."""
+
+    def update(parameter: Tensor) -> None:
+        masked.step_parameter(parameter)
+        parameter.grad = None
+
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.register_post_accumulate_grad_hook(update)
