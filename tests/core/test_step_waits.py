@@ -16,6 +16,7 @@ from sdxl_train.console import Console
 from sdxl_train.data.epoch_plan import epoch_plan
 from sdxl_train.run import Run
 from sdxl_train.stopping import StopRequest
+from sdxl_train.update import Update
 
 
 @pytest.mark.parametrize("optimizer", ["AdaFactor", "AdamW"])
@@ -32,6 +33,7 @@ def test_a_step_reads_no_value_from_the_device(config, tmp_path: Path, monkeypat
     groups = [{"name": "unet", "params": list(run.unet.parameters()), "lr": 1e-3}]
     run.optimizer = run.parts.hooks.build_optimizer(param_groups=groups)
     run.lr_scheduler = run.parts.hooks.build_lr_scheduler(optimizer=run.optimizer, num_warmup_steps=0, num_training_steps=9)
+    run.parts.update = Update(run.optimizer, run.lr_scheduler, run.parts.keys, run.device)
     asked = []
 
     class Check:
