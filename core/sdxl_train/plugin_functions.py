@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import ConfigDict, PydanticUserError, create_model
@@ -12,7 +13,7 @@ from sdxl_train.errors import PluginError
 from sdxl_train.hookspecs import HookSpecs
 from sdxl_train.options import Options, option
 from sdxl_train.plugin_discovery import Target
-from sdxl_train.randomness import FetchRandom, StepRandom, seeded_global_generators
+from sdxl_train.randomness import FetchRandom, StepRandom, kept_global_generators, seed_global_generators
 
 
 def hook_arguments(hook: str) -> tuple[str, ...]:
@@ -75,10 +76,28 @@ class FunctionPlugin:
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         self._arguments = [name for name in hook_arguments(self.hook) if takes_all or name in parameters]
         self._seed = seed
+        self._in_many_calls = False
 
     def __call__(self, arguments: dict[str, Any]) -> Any:
-        with seeded_global_generators(self._place(arguments)):
-            return self._function(**{name: arguments[name] for name in self._arguments}, **self._options)
+        if self._in_many_calls:
+            return self._answer(arguments)
+        with kept_global_generators():
+            return self._answer(arguments)
+
+    @contextmanager
+    def many_calls(self) -> Iterator[None]:
+        """Around many calls: the global generators are seeded for each and put back once, at the end."""
+        before = self._in_many_calls
+        with kept_global_generators():
+            self._in_many_calls = True
+            try:
+                yield
+            finally:
+                self._in_many_calls = before
+
+    def _answer(self, arguments: dict[str, Any]) -> Any:
+        seed_global_generators(self._place(arguments))
+        return self._function(**{name: arguments[name] for name in self._arguments}, **self._options)
 
     def _place(self, arguments: dict[str, Any]) -> object:
         random = arguments.get("random")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any, cast
@@ -169,6 +170,15 @@ class Plugins:
         """Whether the key's default plugin answers alone: nothing else is named by it and nothing wraps the hook."""
         named = tuple(plugin.target.name for plugin in self.of_key(key))
         return named == PLUGIN_KEYS[key].default and not any(hook in _wrapped_hooks(plugin.instance).values() for plugin in self.loaded)
+
+    @contextmanager
+    def many_calls(self, key: str) -> Iterator[None]:
+        """To stand around a loop that asks a key's plugins for every datum, so that plain functions are called quickly."""
+        with ExitStack() as functions:
+            for plugin in self.of_key(key):
+                if isinstance(plugin.instance, FunctionPlugin):
+                    functions.enter_context(plugin.instance.many_calls())
+            yield
 
     def state_dict(self) -> dict[str, Any]:
         """The state of every plugin that has one, by "key/name"."""

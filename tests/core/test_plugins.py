@@ -1,10 +1,12 @@
 """Plugins are found by entry point, path or file, checked before they are used, and named when they fail."""
 
 import pickle
+import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -263,18 +265,56 @@ def test_a_key_with_several_hooks_needs_a_class(write) -> None:
 
 
 def test_functions_that_use_global_generators_are_reproducible_and_leave_them_alone(write) -> None:
-    import random as python_random
-
-    import numpy as np
-
     name = write("import numpy\ndef f(img_info, **kwargs): return f'{random.random()} {numpy.random.rand()}'\n")
     plugins = Plugins([Choice("caption_processor", name("f"))], 1)
-    python_random.seed(0), np.random.seed(0)
-    before = (python_random.getstate(), np.random.get_state()[1].tolist())  # pyright: ignore[reportAttributeAccessIssue]
+    before = global_states()
     first = caption_of(plugins, random=FetchRandom("fetch", 1))
-    assert (python_random.getstate(), np.random.get_state()[1].tolist()) == before  # pyright: ignore[reportAttributeAccessIssue]
+    assert global_states() == before
     assert caption_of(plugins, random=FetchRandom("fetch", 1)) == first
     assert caption_of(plugins, random=FetchRandom("fetch", 2)) != first
+
+
+DRAWING = """
+import numpy
+def f(img_key, img_md, **kwargs):
+    if img_md: raise ValueError
+    return int(random.random() * 2 ** 40) ^ int(numpy.random.rand() * 2 ** 40)
+"""
+
+
+def global_states() -> tuple[object, ...]:
+    numpy_state = np.random.get_state()
+    return random.getstate(), numpy_state[1].tolist(), numpy_state[2:]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_among_many_calls_a_function_draws_what_it_draws_alone(write) -> None:
+    plugins = Plugins([Choice("num_repeats_getter", write(DRAWING)("f"))], 1)
+
+    def repeats(key: str) -> int:
+        return plugins.hooks.count_repeats(img_key=key, img_md={}, counter=COUNTER)
+
+    before = global_states()
+    alone = {key: repeats(key) for key in "abc"}
+    assert global_states() == before and len(set(alone.values())) == 3
+    with plugins.many_calls("num_repeats_getter"):
+        assert {key: repeats(key) for key in "cba"} == alone
+        with plugins.many_calls("num_repeats_getter"):
+            assert repeats("b") == alone["b"]
+        assert repeats("b") == alone["b"]
+    assert global_states() == before
+    assert repeats("a") == alone["a"]
+    assert global_states() == before
+
+
+def test_the_global_generators_are_put_back_when_one_of_many_calls_raises(write) -> None:
+    plugins = Plugins([Choice("num_repeats_getter", write(DRAWING)("f"))], 1)
+    before = global_states()
+    with pytest.raises(PluginError, match="ValueError"), plugins.many_calls("num_repeats_getter"):
+        plugins.hooks.count_repeats(img_key="a", img_md={}, counter=COUNTER)
+        plugins.hooks.count_repeats(img_key="b", img_md={"caption": "c"}, counter=COUNTER)
+    assert global_states() == before
+    plugins.hooks.count_repeats(img_key="a", img_md={}, counter=COUNTER)
+    assert global_states() == before
 
 
 # ---- Chains and wrappers ----

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from sdxl_train.randomness import FetchRandom, StepRandom, generator, sample_place, seeded_global_generators, stream_key
+from sdxl_train.randomness import (
+    FetchRandom,
+    StepRandom,
+    generator,
+    kept_global_generators,
+    sample_place,
+    seed_global_generators,
+    stream_key,
+)
 
 PLACES = [sample_place(42, 1, key, 0) for key in ("a", "b", "c")]
 
@@ -84,16 +92,52 @@ def test_a_fetch_has_its_own_random_and_streams() -> None:
     assert fetch.stream("x").random() == before
 
 
-def test_global_generators_are_seeded_and_put_back_also_after_an_exception() -> None:
+def global_draws() -> tuple[float, float]:
+    return random.random(), np.random.rand()
+
+
+def test_global_generators_are_put_back_also_after_an_exception() -> None:
     random.seed(3)
     np.random.seed(3)
-    expected = random.Random(3).random(), np.random.RandomState(3).rand()
-    with pytest.raises(KeyError), seeded_global_generators("place"):
-        first = random.random(), np.random.rand()
+    np.random.normal()  # numpy keeps the second normal number of a pair for the next call
+    python_twin, numpy_twin = random.Random(3), np.random.RandomState(3)
+    numpy_twin.normal()
+    with pytest.raises(KeyError), kept_global_generators():
+        seed_global_generators("outer")
+        outer = random.random(), np.random.normal()
+        with kept_global_generators():
+            seed_global_generators("inner")
+            global_draws()
+        assert global_draws() != outer
         raise KeyError
-    with seeded_global_generators("place"):
-        assert (random.random(), np.random.rand()) == first
-    assert (random.random(), np.random.rand()) == expected
+    assert (random.random(), np.random.normal()) == (python_twin.random(), numpy_twin.normal())
+
+
+def test_seeded_global_generators_go_on_after_others_inside_were_put_back() -> None:
+    with kept_global_generators():
+        seed_global_generators("outer")
+        first, second = global_draws(), global_draws()
+        seed_global_generators("outer")
+        assert global_draws() == first
+        with kept_global_generators():
+            seed_global_generators("inner")
+            assert global_draws() not in (first, second)
+        assert global_draws() == second
+
+
+def test_the_two_global_generators_draw_different_numbers_from_one_place() -> None:
+    """Both are Mersenne twisters of 53-bit numbers, so with one seed they would give the same ones."""
+    with kept_global_generators():
+        seed_global_generators("place")
+        draws = np.array([global_draws() for _ in range(1000)])
+    assert not np.isin(draws[:, 0], draws[:, 1]).any()
+    assert abs(np.corrcoef(draws.T)[0, 1]) < 0.15  # standard error 0.03
+
+
+def test_what_the_python_generator_draws_at_a_place_stays() -> None:
+    with kept_global_generators():
+        seed_global_generators("place")
+        assert random.random() == random.Random(int.from_bytes(stream_key("place"), "little")).random()
 
 
 def test_drawing_leaves_the_global_generators_alone() -> None:

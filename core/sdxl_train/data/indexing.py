@@ -248,8 +248,9 @@ def _ask_repeats(index: Index, plugins: Plugins) -> bool:
         repeats = (~index.is_bad).astype(np.int32)
     else:
         repeats = np.zeros(len(index), np.int32)
-        for row in np.flatnonzero(~index.is_bad).tolist():
-            repeats[row] = plugins.hooks.count_repeats(img_key=index.key(row), img_md=index.metadata(row), counter=index.counter)
+        with plugins.many_calls("num_repeats_getter"):
+            for row in np.flatnonzero(~index.is_bad).tolist():
+                repeats[row] = plugins.hooks.count_repeats(img_key=index.key(row), img_md=index.metadata(row), counter=index.counter)
     if np.array_equal(repeats, index.num_repeats):
         return False
     index.num_repeats = repeats

@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ class Repeats:
 
     def only_default_answers(self, key, hook):
         return False
+
+    def many_calls(self, key):
+        return nullcontext()
 
     def count_repeats(self, img_key, img_md, counter):
         self.asked.append((img_key, img_md, counter))
@@ -155,6 +159,8 @@ def test_pictures_without_text_are_warned_about_once_with_their_number(tmp_path)
     text(picture(tmp_path / "d.png").with_suffix(".txt"), "cat")
     warnings: list[str] = []
     index = build(tmp_path, warnings=warnings)
+    assert not warnings
+    warn_of_silent_data(index, warnings.append)
     assert len(warnings) == 1 and "3 pictures have neither" in warnings[0] and "a, b, c" in warnings[0]
     assert (index.summary.captioned, index.summary.without_text) == (1, 3)
 
