@@ -28,7 +28,7 @@ from sdxl_train.data.caching import missing_pictures
 from sdxl_train.data.captions import TokenReport, token_report
 from sdxl_train.data.encoding import check_pictures
 from sdxl_train.data.epoch_plan import num_batches, steps_per_epoch
-from sdxl_train.data.indexing import nothing_to_train
+from sdxl_train.data.indexing import nothing_to_train, warn_of_silent_data
 from sdxl_train.dataset import read_dataset
 from sdxl_train.errors import CheckpointError, ConfigError, DataError, Problem
 from sdxl_train.model.single_file import Checkpoint, open_checkpoint, vae_encoder_digest
@@ -266,6 +266,7 @@ def _look_at_pictures(index: Index, settings: Settings, to_encode: list[int] | N
     plan.bad_pictures += bad.values()
     index.num_repeats[list(bad)] = 0
     index.is_bad[list(bad)] = True
+    warn_of_silent_data(index, plan.warnings.append)
     if settings.config.bad_images == "error":
         plan.problems += plan.bad_pictures
     if not plan.problems and not index.num_repeats.any():

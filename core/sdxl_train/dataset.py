@@ -11,7 +11,7 @@ from sdxl_train.console import Console
 from sdxl_train.data.caching import PreparedLatents, VaeInUse, Work, complete_report, prepare_latents, prepare_pictures
 from sdxl_train.data.captions import TokenReport, token_report
 from sdxl_train.data.index import Index
-from sdxl_train.data.indexing import Indexed, build_index
+from sdxl_train.data.indexing import Indexed, build_index, warn_of_silent_data
 from sdxl_train.data.records import INDEX_NAME, Records, read_records, write_records
 from sdxl_train.errors import DataError, Problem
 from sdxl_train.output_dir import matching_output_dirs
@@ -74,6 +74,8 @@ class Dataset:
             complete_report(self.index, self._config, self._work, problems)
         finally:
             console.end_progress()
+        if self._config.bad_images == "error":
+            warn_of_silent_data(self.index, console.warn)
         if records is not None and (indexed.is_new or not (records / INDEX_NAME).exists()):
             self.keep_records()
             self._map_records(records)

@@ -156,6 +156,24 @@ def test_a_second_start_leaves_the_same_pictures_out_and_says_so_again(skipping,
     assert len(re.findall(rf"\b{len(words)}\b[^\n;,]* bad", again.err)) >= 2
 
 
+@pytest.mark.parametrize("command", [["train"], ["train", "--set", "cache_latents=false"], ["cache"], ["check", "--decode"], ["preview"]])
+@pytest.mark.parametrize("bad_images", ["skip", "error"])
+def test_data_without_text_are_counted_once_without_the_pictures_that_are_left_out(
+    tiny_base: Path, tmp_path: Path, command: list[str], bad_images: str
+) -> None:
+    good = write_good(tmp_path / "data")
+    (tmp_path / "data" / f"{good[0]}.txt").unlink(missing_ok=True)
+    if bad_images == "skip":
+        png = encoded(noise(9), "PNG")  # only a decode finds the sum wrong
+        (tmp_path / "data" / "damaged.png").write_bytes(overwritten(png, png.index(b"IDAT") + 999, bytes([png[png.index(b"IDAT") + 999] ^ 1])))
+    file = write_config(tmp_path, tiny_base, [tmp_path / "data"], bad_images=bad_images)
+    out = ["--out", tmp_path / "pages"] if command == ["preview"] else []
+    ended = run_command(command[0], file, *command[1:], *out)
+    assert ended.code == 0, ended.err[-3000:]
+    told = re.findall(r"[^\n]*pictures have neither caption nor description[^\n]*", ended.out + ended.err)
+    assert len(told) == 1 and re.search(rf"\b1 pictures have.*: {good[0]}$", told[0]), told
+
+
 def test_skip_does_not_skip_bad_captions(tiny_base: Path, tmp_path: Path) -> None:
     good = write_good(tmp_path / "data")
     (tmp_path / "data" / "cut.png").write_bytes(encoded(noise(9), "PNG")[:2000])

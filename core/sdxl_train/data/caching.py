@@ -14,6 +14,7 @@ from sdxl_train.data.caches import CacheCheck, CheckStop, OnProgress, check_cach
 from sdxl_train.data.encoding import check_pictures, encode_pictures
 from sdxl_train.data.images import SourceFile
 from sdxl_train.data.index import Index
+from sdxl_train.data.indexing import warn_of_silent_data
 from sdxl_train.data.latents import DiskLatents, LatentStore, MemoryLatents
 from sdxl_train.data.problems import refuse
 from sdxl_train.errors import DataError, Problem
@@ -156,7 +157,8 @@ def complete_report(index: Index, config: Config, work: Work, problems: Sequence
 def settle_bad_pictures(
     index: Index, config: Config, bad: dict[int, Problem], warn: Callable[[str], None], problems: list[Problem]
 ) -> None:
-    """Leave bad pictures out of the training, or refuse them with all other problems, as `bad_images` says.
+    """Leave bad pictures out of the training and warn of the silent ones that remain, or refuse the bad ones with all other problems, as
+    `bad_images` says.
 
     Raises:
         DataError: with bad_images = "error" and bad pictures; other problems; or nothing is left to train.
@@ -168,6 +170,8 @@ def settle_bad_pictures(
         warn(f"left out (bad_images = skip): {problem.message}")
     if bad:
         index.leave_out(list(bad))
+    if config.bad_images == "skip":  # else they were counted at once, since no bad one is left out
+        warn_of_silent_data(index, warn)
 
 
 def _check_rest(index: Index, config: Config, work: Work) -> dict[int, Problem]:

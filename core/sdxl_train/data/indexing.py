@@ -60,7 +60,7 @@ def build_index(config: Config, plugins: Plugins, known: Records | None, warn: W
 
     Args:
         known: what an earlier start found out.
-        warn: is told once about missing pictures, folders of runs, data without text, and about each picture skipped.
+        warn: is told once about missing pictures and folders of runs, and about each picture skipped.
         problems: gets every problem of the data, also that nothing is left to train; the index then holds what is without problems.
     Raises:
         PluginError: from `count_repeats`.
@@ -262,6 +262,10 @@ def _tell(index: Index, warn: Warn) -> None:
         warn(f"{len(index.missing)} pictures of metadata_files have no file and are left out: {listed(index.missing)}")
     if index.run_folders:
         warn(f"{len(index.run_folders)} folders hold a training run and are no data: {listed(index.run_folders)}")
+
+
+def warn_of_silent_data(index: Index, warn: Warn) -> None:
+    """Tell once how many of the data that are trained have no text; to be asked when no bad picture is among them any more."""
     silent = np.flatnonzero((index.num_repeats > 0) & ~index.has_caption & ~index.has_description)
     if len(silent):
         names = listed([index.key(row) for row in silent[:_LISTED].tolist()], _LISTED, len(silent))

@@ -14,10 +14,11 @@ from sdxl_train.data.epoch_plan import epoch_plan
 from sdxl_train.data.image_info import ImageInfo
 from sdxl_train.data.images import load_pixels
 from sdxl_train.data.index import Index
-from sdxl_train.data.indexing import build_index
+from sdxl_train.data.indexing import build_index, warn_of_silent_data
 from sdxl_train.data.problems import refuse
 from sdxl_train.errors import DataError, PluginError
 from sdxl_train.keys import Config
+from sdxl_train.plugins import Choice, Plugins
 
 
 class Repeats:
@@ -195,6 +196,7 @@ def test_names_of_any_bytes_are_indexed_and_escaped_in_messages(tmp_path):
     index = build(tmp_path, warnings=warnings)
     assert sorted(os.fsencode(key) for key in keys_of(index)) == sorted(raw_names)
     assert all(load_pixels(index.image_path(i), index.placement(i), 10**6).shape == (64, 64, 3) for i in range(len(index)))
+    warn_of_silent_data(index, warnings.append)
     assert "line\\nfeed" in warnings[0] and "latin\\udce9" in warnings[0] and warnings[0].isprintable()
 
 
@@ -300,6 +302,19 @@ def test_each_datum_is_asked_once_after_everything_is_counted(tmp_path):
     assert index.counter["artist"] == {"Me": 3} and index.counter["character"] == {"a_b": 3, "c": 3}
     assert index.counter["category"] == {"cats": 3}
     assert set(repeats.asked[0][1]) >= {"image_path", "caption", "safe_level", "original_size"}
+
+
+def test_the_global_generators_are_kept_once_for_all_calls_of_a_plain_function(tmp_path, monkeypatch):
+    """Keeping them takes longer than everything else that is done for a datum."""
+    for name in "abc":
+        picture(tmp_path / f"{name}.png")
+    text(tmp_path / "plugin.py", "import random\ndef repeats(img_key, img_md, **kwargs): return random.randrange(1, 10**6)\n")
+    num_kept = []
+    get_state = np.random.get_state
+    monkeypatch.setattr(np.random, "get_state", lambda: num_kept.append(1) or get_state())
+    plugins = Plugins([Choice("num_repeats_getter", f"{tmp_path / 'plugin.py'}:repeats")], 42)
+    indexed = build_index(config(tmp_path), plugins, None, print, [])
+    assert len(set(indexed.index.num_repeats.tolist())) == 3 and len(num_kept) == 1
 
 
 def test_repeats_of_zero_drop_the_picture(tmp_path):
