@@ -93,13 +93,21 @@ def _load_entry_point(key: PluginKey, point: EntryPoint) -> Any:
 def _load_path(key: PluginKey, name: str) -> Any:
     module_name, _, attribute = name.rpartition(":")
     try:
-        module = _load_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
-        value = module
+        value = _load_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
         for part in attribute.split("."):
-            value = getattr(value, part)
+            value = _attribute(value, part, module_name)
     except Exception as error:  # as above: a user's own file may raise anything
         raise PluginError(f'{key.key} = "{name}" cannot be loaded: {type(error).__name__}: {error}') from error
     return value
+
+
+def _attribute(value: Any, name: str, where: str) -> Any:
+    """An attribute of what was loaded from `where`, which an error names: Python would name the module that a file became."""
+    try:
+        return getattr(value, name)
+    except AttributeError:
+        hint = did_you_mean(name, [known for known in dir(value) if not known.startswith("_")])
+        raise AttributeError(f"{where} has no attribute {name}{hint}") from None
 
 
 def _load_file(path: Path) -> Any:

@@ -117,6 +117,14 @@ def test_a_file_is_imported_once_and_again_after_a_failure(write, tmp_path: Path
             Plugins([Choice("caption_processor", name("f"))], 1)
 
 
+def test_a_file_without_the_named_attribute_is_shown_by_its_path(write) -> None:
+    name = write("def shuffle(img_info, **kwargs): return ''\n")
+    with pytest.raises(PluginError) as caught:
+        Plugins([Choice("caption_processor", name("shufle"))], 1)
+    assert f'{name("").removesuffix(":")} has no attribute shufle; did you mean "shuffle"?' in str(caught.value)
+    assert "sdxl_train_file" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("code", "said"), [("f = 3", "a plugin is a class or a function"), ("", "no attribute")])
 def test_a_name_that_is_no_plugin_is_refused(write, code: str, said: str) -> None:
     with pytest.raises(PluginError, match=said):

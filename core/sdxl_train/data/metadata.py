@@ -51,11 +51,11 @@ def row_problems(row: Any) -> Iterator[str]:
     for name, wanted in FIELDS.items():
         value = row.get(name)
         if value is not None and not _CHECKS[wanted](value):
-            yield f"{name} must be {wanted}, found {excerpt(value)}"
+            yield f"{name} {text_fault(value)}" if wanted == "text" else f"{name} must be {wanted}, found {excerpt(value)}"
     for name, fallback in FALLBACKS.items():
         value = row.get(fallback)
         if value and not is_file_text(value) and not (isinstance(row.get(name), str) and has_text(row[name])):
-            yield f"{fallback}, used as {name}, must be text, found {excerpt(value)}"
+            yield f"{fallback}, used as {name}, {text_fault(value)}"
 
 
 def is_file_text(value: Any) -> bool:
@@ -69,6 +69,16 @@ def is_file_text(value: Any) -> bool:
         return value.isascii() or bool(value.encode("utf-8", "surrogateescape"))
     except UnicodeEncodeError:
         return False
+
+
+def text_fault(value: Any) -> str:
+    """What is wrong with a value that is no `is_file_text`, to follow its name in a message."""
+    if not isinstance(value, str):
+        return f"must be text, found {excerpt(value)}"
+    if "\0" in value:
+        return "holds a NUL character"
+    half = next(char for char in value if "\ud800" <= char <= "\udfff" and not is_file_text(char))
+    return f"holds half of a surrogate pair, {shown(half)}, which is no character"
 
 
 def metadata_problem(path: str, place: int | None, message: str, key: str | None = None, counted: str = "line") -> Problem:

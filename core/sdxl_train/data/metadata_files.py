@@ -8,7 +8,7 @@ from itertools import chain
 from types import NoneType
 from typing import Any, TypeVar
 
-from sdxl_train.data.metadata import FIELDS, excerpt, is_file_text, metadata_problem, regular_size, row_problems
+from sdxl_train.data.metadata import FIELDS, is_file_text, metadata_problem, regular_size, row_problems, text_fault
 from sdxl_train.data.metadata_json import NotJsonError, Piece, decode_exactly, decode_rows, json_lines, json_object
 from sdxl_train.data.metadata_parquet import NotParquetError, parquet_rows
 from sdxl_train.data.names import split_name
@@ -132,10 +132,10 @@ class _MetadataFile:
         """Whether the row can be used; what is wrong with it is reported."""
         found = list(row_problems(row))
         if key is not None:
-            found += [] if is_file_text(key) else ["no file can have this name"]
+            found += [] if is_file_text(key) else [f"no file can have this name: it {text_fault(key)}"]
         elif isinstance(row, dict):
             names = {name: row[name] for name in ("key", "file_name") if row.get(name) is not None}
-            found += [f"{name} must be text, found {excerpt(value)}" for name, value in names.items() if not is_file_text(value)]
+            found += [f"{name} {text_fault(value)}" for name, value in names.items() if not is_file_text(value)]
             if not found and self._named(None, columns_of([row], _COLUMNS)) is None:
                 found.append("it has no key: give key, image_path or file_name")
         for problem in found:

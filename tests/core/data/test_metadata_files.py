@@ -50,7 +50,7 @@ def test_merged_rows_have_merged_columns(tmp_path):
     assert [rows.artists.names[code] for code in rows.artists.codes] == ["\udc80me", "q"]
     problems = []
     rows = read_metadata_files([first, second, first], problems)
-    assert [problem.message for problem in problems] == [f'{second}:1: key "a": artist must be text, found "\\ud800"']
+    assert [problem.message for problem in problems] == [f'{second}:1: key "a": artist holds half of a surrogate pair, \\ud800, which is no character']
     second = write(tmp_path, '{"a": {"caption": null, "tags": "tags", "nl_caption": "long text", "image_path": null}}', "2.json")
     rows = read_metadata_files([first, second], problems)
     assert rows.max_tokens[0] == len("long text") and rows.has_caption[0] and rows.image_paths[0] == ""
@@ -107,10 +107,11 @@ BAD_OBJECTS = [
     ('{"a": {"original_size": [0, 4]}}', 1, "original_size"),
     ('{"a": {"original_size": [1, 2147483648]}}', 1, "original_size"),
     ('{"a": {"original_size": "3x4"}}', 1, "original_size"),
-    ('{"a": {"caption": "x\\u0000"}}', 1, "caption must be text"),
-    ('{"a": {"caption": "\\ud800"}}', 1, "caption must be text"),
+    ('{"a": {"caption": "x\\u0000"}}', 1, 'key "a": caption holds a NUL character'),
+    ('{"a": {"caption": "\\ud800"}}', 1, 'key "a": caption holds half of a surrogate pair, \\ud800'),
+    ('{"a": {"tags": "x\\u0000"}}', 1, "tags, used as caption, holds a NUL character"),
     ('{"a": {"caption": "x\ny"}}', 1, "control character"),
-    ('{"a\\u0000": {}}', 1, "no file can have this name"),
+    ('{"a\\u0000": {}}', 1, "no file can have this name: it holds a NUL character"),
     ('{"ok": {},\n"a": {"x": ' + "[" * 100_000 + "]" * 100_000 + "}}", 2, "nested too deeply"),
     ('{"ok": {},\n"a": {"x": ' + "[" * 101 + "]" * 101 + "}}", 2, "nested too deeply"),
     ('{"ok": {},\n"a": ' + '{"x": ' * 102 + "1" + "}" * 102 + "}", 2, "nested too deeply"),
@@ -136,9 +137,9 @@ def test_bad_objects_are_refused_with_file_and_line(tmp_path, text, line, words)
         ('{"key": "a"}\n{"caption": "c"}', 2, "give key, image_path or file_name"),
         ('{"key": "a"}\n{"image_path": "folder/"}', 2, "give key, image_path or file_name"),
         ('{"key": 7}', 1, "key must be text, found 7"),
-        ('{"key": "a\\u0000"}', 1, "key must be text"),
-        ('{"key": "\\ud800"}', 1, "key must be text"),
-        ('{"key": "a", "file_name": "x\\u0000"}', 1, "file_name must be text"),
+        ('{"key": "a\\u0000"}', 1, "key holds a NUL character"),
+        ('{"key": "\\ud800"}', 1, "key holds half of a surrogate pair, \\ud800"),
+        ('{"key": "a", "file_name": "x\\u0000"}', 1, "file_name holds a NUL character"),
         ('{"key": "a"}\n\n{"key": "b"}\n{"key": "a"}', 4, 'key "a": the key stands in this file twice, first on line 1'),
         ('{"key": "a"}\n{"image_path": "x/a.png"}', 2, "twice, first on line 1"),
         ('{"key": "a", "caption": "x", "caption": "y"}', 1, "the field caption is given twice"),

@@ -69,7 +69,7 @@ def test_wrong_rows_are_named_by_their_number(tmp_path):
     path = write(tmp_path, {"key": [*keys[:999], "0007"], "caption": ["a\0" if key == "0600" else "x" for key in keys]})
     rows, _, problems = read(path)
     assert problems == [
-        f'{path}: row 601: caption must be text, found "a\\u0000"',
+        f'{path}: row 601: caption holds a NUL character',
         f'{path}: row 1000: key "0007": the key stands in this file twice, first on row 8',
     ]
     assert len(rows) == 998
