@@ -42,10 +42,7 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
     plugins = settings.plugins
     samples = list(settings.samples)
     device, precision = pick_device(keys), Precision.of(keys)
-    base = open_checkpoint(keys.pretrained_model_name_or_path, keys.vae)
-    for problem in contradicted_marks(base, settings):
-        raise ConfigError(problem.message, [problem])
-    check_clip_skip(keys.clip_skip, base.architecture)
+    base = _open_base(settings)
     if samples:
         # A sampler that cannot do what is asked says so now.
         plugins.hooks.build_sampler(noise_scheduler=NoiseSchedule(keys.prediction_type, keys.zero_terminal_snr))
@@ -103,6 +100,16 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
         parts=parts,
     )
     return run
+
+
+def _open_base(settings: Settings) -> Checkpoint:
+    """The model that is trained, its headers read and held against the configuration."""
+    keys = settings.config
+    base = open_checkpoint(keys.pretrained_model_name_or_path, keys.vae)
+    for problem in contradicted_marks(base, settings):
+        raise ConfigError(problem.message, [problem])
+    check_clip_skip(keys.clip_skip, base.architecture)
+    return base
 
 
 def _to_device(networks: Networks, device: torch.device, keys: Config) -> None:
