@@ -1,6 +1,7 @@
 """Latent caches seen from outside: the files, which pictures are encoded and when, and what is left when it is ended in between."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -13,10 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from bad_files import cache_arrays, noise, overwritten
 from cache_runs import PLACED, SIZES, caches, identities, opened_files, rewritten
 from command_runs import contents, run_command, write_config
 from safetensors.torch import load_file, save_file
+
+from sdxl_train.model.weight_file import WeightFile
 
 # ---- what is written ----
 
@@ -98,6 +102,68 @@ def test_pictures_of_one_bucket_share_encodes_and_latents_do_not_depend_on_it(ca
         together = np.load(data / name)
         for key in ("latents", "latents_flipped"):
             np.testing.assert_allclose(together[key], arrays[key], rtol=1e-4, atol=1e-4)
+
+
+def test_encodes_are_the_sum_over_buckets_of_pictures_by_vae_batch_size_rounded_up(cached, data: Path, encodes: list[int]) -> None:
+    in_buckets = (3, 2)  # squares and wide ones
+    for size in (1, 2, 3, 8):
+        for path in data.glob("*.npz"):
+            path.unlink()
+        encodes.clear()
+        cached(vae_batch_size=size, flip_aug=False)
+        assert len(encodes) == sum(math.ceil(count / size) for count in in_buckets) and sum(encodes) == sum(in_buckets)
+
+
+@pytest.mark.parametrize(
+    ("keys", "dtype"),
+    [
+        ({"mixed_precision": "bf16"}, "bfloat16"),
+        ({"mixed_precision": "bf16", "no_half_vae": True}, "float32"),
+        ({"mixed_precision": "no"}, "float32"),
+    ],
+)
+@pytest.mark.parametrize("command", ["cache", "train"])
+def test_the_vae_computes_in_the_precision_that_the_cache_names(
+    cached, trained, data: Path, monkeypatch: pytest.MonkeyPatch, keys: dict, dtype: str, command: str
+) -> None:
+    computed: set[str] = set()
+    forward = torch.nn.Conv2d.forward
+
+    def noting(self: torch.nn.Conv2d, pixels: torch.Tensor) -> torch.Tensor:
+        answer = forward(self, pixels)
+        if is_encoding:
+            computed.add(str(answer.dtype).removeprefix("torch."))
+        return answer
+
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    is_encoding, encode = [], AutoencoderKL.encode
+
+    def encoding(self: AutoencoderKL, *arguments: object, **named: object) -> object:
+        is_encoding.append(True)
+        try:
+            return encode(self, *arguments, **named)
+        finally:
+            is_encoding.clear()
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", noting)
+    monkeypatch.setattr(AutoencoderKL, "encode", encoding)
+    (cached if command == "cache" else trained)(**keys)
+    assert computed == {dtype}
+    assert {str(np.load(path)["vae_precision"]) for path in data.glob("*.npz")} == {dtype}
+
+
+def test_the_command_reads_the_weights_of_the_vae_only(cached, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: set[str] = set()
+    read = WeightFile.read
+
+    def noting(self: WeightFile, name: str) -> torch.Tensor:
+        names.add(name)
+        return read(self, name)
+
+    monkeypatch.setattr(WeightFile, "read", noting)
+    cached()
+    assert names and {name.partition(".")[0] for name in names} == {"first_stage_model"}
 
 
 def test_caches_written_in_the_background_have_the_same_bytes(cached, data: Path) -> None:
