@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,7 +59,7 @@ def sync_directory(path: Path) -> None:
 
 
 def remove_leftovers(directory: Path, older_than_s: float = 0) -> list[Path]:
-    """Removes what `atomic_file` left in `directory` when a process was killed, and returns the names.
+    """Removes what `atomic_file` and staged train states left in `directory` when a process was killed, and returns the names.
 
     Args:
         older_than_s: spares younger files, where another process may be writing; 0 only under the run's lock.
@@ -67,7 +68,7 @@ def remove_leftovers(directory: Path, older_than_s: float = 0) -> list[Path]:
     for leftover in sorted(directory.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}")):
         try:
             if leftover.stat().st_mtime <= latest:
-                leftover.unlink()
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
                 removed.append(leftover)
         except FileNotFoundError:  # its writer has just finished with it
             continue

@@ -17,14 +17,16 @@ from sdxl_train.diffusion import NoiseSchedule
 from sdxl_train.errors import ConfigError
 from sdxl_train.keys import Config
 from sdxl_train.loss_recorder import LossRecorder
-from sdxl_train.metrics import MetricsReader, Speed
+from sdxl_train.metrics import EpochLoss, MetricsReader, Speed
 from sdxl_train.model.attention import set_attention
 from sdxl_train.model.single_file import Checkpoint, load_vae, open_checkpoint, vae_encoder_digest
 from sdxl_train.model.text import check_clip_skip
 from sdxl_train.model.tokenizer import load_tokenizers
 from sdxl_train.networks import Networks, load_networks
+from sdxl_train.optimizer_state import groups_by_name
 from sdxl_train.precision import COMPUTE_DTYPES, Precision
 from sdxl_train.run import Parts, Run
+from sdxl_train.saves import Saves
 from sdxl_train.stopping import StopRequest
 from sdxl_train.update import Update
 
@@ -81,6 +83,9 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
         long_captions=dataset.count_long_captions(tokenizer.count),
         precision=precision,
         update=Update(optimizer, lr_scheduler, keys, device),
+        saves=Saves(keys, base, output_dir),
+        epoch_loss=EpochLoss(),
+        first_groups=groups_by_name(optimizer),
     )
     run = Run(
         config=settings.values,

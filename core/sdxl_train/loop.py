@@ -17,7 +17,7 @@ from sdxl_train.errors import SdxlTrainError
 from sdxl_train.metrics import FiniteCheck
 from sdxl_train.model.sdxl import make_add_time_ids, predict
 from sdxl_train.model.text import encode_prompts
-from sdxl_train.moments import EpochLoss, after_epoch, after_step, before_first_step, current_rates, finish
+from sdxl_train.moments import after_epoch, after_step, before_first_step, current_rates, finish
 from sdxl_train.randomness import StepRandom
 from sdxl_train.run import Run
 from sdxl_train.timesteps import draw_timesteps
@@ -28,29 +28,32 @@ def train(run: Run) -> None:
     run.parts.hooks.on_train_start(run=run)
     with finish(run):
         before_first_step(run)
-        while run.step < run.num_train_steps:
-            run.epoch += 1
+        while run.step < run.num_train_steps or run.epoch_is_open:
+            if not run.epoch_is_open:
+                run.epoch += 1
+                run.parts.epoch_loss.reset()
+            run.epoch_is_open = True
             run.parts.hooks.on_epoch_start(run=run)
             if not _train_epoch(run):
                 break
 
 
 def _train_epoch(run: Run) -> bool:
-    """One epoch; False when the training is to stop."""
+    """The rest of an epoch; False when the training is to stop."""
     keys, plan = run.parts.keys, epoch_plan(run.parts.index, run.parts.keys.seed, run.epoch, run.parts.keys.batch_size)
-    losses = EpochLoss()
-    batches = run.parts.loader.batches(plan)
+    done = (run.step - (run.epoch - 1) * run.steps_per_epoch) * keys.gradient_accumulation_steps  # micro-batches, before a resume
+    batches = run.parts.loader.batches(plan[done:])
     try:
-        for first in range(0, len(plan), keys.gradient_accumulation_steps):
+        for first in range(done, len(plan), keys.gradient_accumulation_steps):
             rates = current_rates(run)
             loss = train_step(run, batches, min(keys.gradient_accumulation_steps, len(plan) - first))
-            losses.add(loss)
+            run.parts.epoch_loss.add(loss)
             if after_step(run, loss, rates) or run.step == run.num_train_steps:
                 break
     finally:
         batches.close()
     is_whole = run.step == run.epoch * run.steps_per_epoch
-    return after_epoch(run, losses) if is_whole else False
+    return after_epoch(run) if is_whole else False
 
 
 def train_step(run: Run, batches: Iterator[Batch], num_micro_batches: int) -> Tensor | None:

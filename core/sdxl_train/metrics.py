@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,37 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
     if not tensors:
         return torch.empty(0)
     return torch.stack([tensor.detach().double() if tensor.device.type != "mps" else tensor.detach() for tensor in tensors])
+
+
+class EpochLoss:
+    """The mean of an epoch's step losses, summed on the device in float64 (float32 where the device has none)."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._num = 0
+
+    def add(self, loss: Tensor | None) -> None:
+        """Count a step; a dropped one (None) does not count."""
+        if loss is not None:
+            loss = loss.double() if loss.device.type != "mps" else loss
+            self._sum = loss if self._sum is None else self._sum.to(loss.device) + loss
+            self._num += 1
+
+    def reset(self) -> None:
+        """An epoch begins."""
+        self._sum, self._num = None, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sum and number of the steps so far."""
+        return {"sum": self._sum, "num": self._num}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self._sum, self._num = state["sum"], state["num"]
+
+    def metrics(self) -> dict[str, float]:
+        """{"loss/epoch": mean}; empty when every step was dropped. Waits for the device."""
+        return {} if self._sum is None else {"loss/epoch": self._sum.item() / self._num}
 
 
 class FiniteCheck:

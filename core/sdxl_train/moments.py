@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from pathlib import Path
-from typing import cast
 
 from torch import Tensor
 
-from sdxl_train.errors import ConfigError
 from sdxl_train.hookspecs import Moment
-from sdxl_train.model.saving import NotSavedError, file_markers, file_metadata, save_checkpoint
-from sdxl_train.networks import trained_values
+from sdxl_train.model.saving import NotSavedError
 from sdxl_train.run import Run
 from sdxl_train.sample_round import render_training_round
 from sdxl_train.stopping import Interrupted
-
-
-class EpochLoss:
-    """The mean of an epoch's step losses, summed on the device in float64 (float32 where the device has none)."""
-
-    def __init__(self) -> None:
-        self._sum: Tensor | None = None
-        self._num = 0
-
-    def add(self, loss: Tensor | None) -> None:
-        """Count a step; a dropped one (None) does not count."""
-        if loss is not None:
-            loss = loss.double() if loss.device.type != "mps" else loss
-            self._sum = loss if self._sum is None else self._sum + loss
-            self._num += 1
-
-    def metrics(self) -> dict[str, float]:
-        """{"loss/epoch": mean}; empty when every step was dropped. Waits for the device."""
-        return {} if self._sum is None else {"loss/epoch": self._sum.item() / self._num}
 
 
 def before_first_step(run: Run) -> None:
@@ -55,12 +31,13 @@ def after_step(run: Run, loss: Tensor | None, rates: dict[str, float]) -> bool:
         Whether a plugin wants to stop.
     """
     run.step += 1
+    run.parts.saves.poll(run)
     metrics: dict[str, float | Tensor] = dict(rates)
     if loss is not None:
         average, ema = run.parts.recorder.record(loss)
         metrics |= {"loss/step": loss, "loss_avr/step": average, "loss_ema/step": ema}
+    run.parts.metrics.push(run.step, run.epoch, metrics)  # first, so that the step is logged also if a plugin raises here
     run.parts.hooks.on_step_end(run=run, metrics=metrics)
-    run.parts.metrics.push(run.step, run.epoch, metrics)
     _save_if_wanted(run, "step")
     _sample_if_wanted(run, "step")
     reasons = run.parts.hooks.should_stop(run=run)
@@ -69,10 +46,11 @@ def after_step(run: Run, loss: Tensor | None, rates: dict[str, float]) -> bool:
     return bool(reasons)
 
 
-def after_epoch(run: Run, losses: EpochLoss) -> bool:
+def after_epoch(run: Run) -> bool:
     """Log the epoch, then ask for saving and sampling. Returns whether the training goes on."""
     run.parts.metrics.flush()
-    run.parts.hooks.on_epoch_end(run=run, metrics=losses.metrics())
+    run.parts.hooks.on_epoch_end(run=run, metrics=run.parts.epoch_loss.metrics())
+    run.epoch_is_open = False
     _save_if_wanted(run, "epoch")
     _sample_if_wanted(run, "epoch")
     return run.stop_reason is None
@@ -97,6 +75,7 @@ def finish(run: Run) -> Iterator[None]:
         _save_last_completed(run, moment)
         raise
     finally:
+        run.parts.saves.finish(run)
         run.parts.console.end_progress()
         run.parts.loader.close()
         run.parts.hooks.on_train_end(run=run, moment=moment)
@@ -114,51 +93,23 @@ def _save_last_completed(run: Run, moment: Moment) -> None:
 
 def _save_if_wanted(run: Run, moment: Moment, is_last: bool = False) -> None:
     """Ask the save triggers; write each step once. A failed save before the end is tried again at the next trigger."""
+    keys, saves = run.parts.keys, run.parts.saves
     reasons = run.parts.hooks.should_save(run=run, moment=moment)
-    if not reasons or not run.parts.keys.save_model or run.step in run.saved or not run.is_main_process:
+    if not reasons or not (keys.save_model or keys.save_train_state) or not run.is_main_process:
         return
-    reason = "; ".join(reasons)
     run.parts.metrics.flush()
+    if is_last:
+        saves.finish(run)
+    if saves.is_saved(run):
+        return
     try:
-        path = save_model(run)
+        saves.start(run, "; ".join(reasons))
     except NotSavedError as error:
         if is_last:
             raise
         run.parts.console.warn(f"saving at step {run.step} failed, and will be tried again at the next trigger: {error}")
-        return
-    run.saved[run.step] = path
-    run.parts.console.line(f"saved {path} ({reason})")
-    run.parts.hooks.on_save(run=run, path=path, reason=reason)
-
-
-def save_model(run: Run) -> Path:
-    """Write the model as it is after `run.step` steps and return its path.
-
-    Raises:
-        NotSavedError: the disk refused; nothing is left behind.
-        CheckpointError: weights that are not finite.
-        ConfigError: two plugins gave the same metadata entry.
-    """
-    keys = run.parts.keys
-    epoch = math.ceil(run.step / run.steps_per_epoch)
-    path = run.output_dir / "models" / f"{keys.output_name}_ep{epoch}_step{run.step}.safetensors"
-    metadata = file_metadata(
-        step=run.step,
-        epoch=epoch,
-        prediction_type=keys.prediction_type,
-        zero_terminal_snr=keys.zero_terminal_snr,
-        title=keys.output_name,
-        resolution=keys.resolution,
-    )
-    answers = cast(list[dict[str, str]], run.parts.hooks.checkpoint_metadata(run=run))  # a collect: one answer a plugin
-    for entries in answers:
-        twice = metadata.keys() & entries.keys()
-        if twice:
-            raise ConfigError(f"checkpoint_metadata: two plugins, or a plugin and the trainer, give {', '.join(sorted(twice))}")
-        metadata |= entries
-    markers = file_markers(keys.prediction_type, keys.zero_terminal_snr)
-    save_checkpoint(path, run.parts.base, trained_values(run.networks), keys.save_precision, metadata, markers)
-    return path
+    if is_last:
+        saves.finish(run, must_succeed=True)
 
 
 def _sample_if_wanted(run: Run, moment: Moment) -> None:

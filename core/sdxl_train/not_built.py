@@ -5,10 +5,6 @@ from typing import Any
 
 # key -> what this version does. The default of the key is accepted too, and then counts as this value (one line of the banner says so).
 ACTS_AS: dict[str, Any] = {
-    "keep_train_states": 1,
-    "save_train_state": False,
-    "resume_from": None,
-    "keep_models": 0,
     "mem_eff_attn": False,
     "xformers": False,
     "diffusers_xformers": False,

@@ -18,7 +18,7 @@ from typing import Any, cast
 import pluggy
 
 from sdxl_train.answers import wrong_answer
-from sdxl_train.errors import PluginError, SdxlTrainError
+from sdxl_train.errors import ConfigError, PluginError, SdxlTrainError
 from sdxl_train.hookspecs import HookSpecs
 from sdxl_train.options import Options
 from sdxl_train.plugin_discovery import Catalogue, Target
@@ -183,6 +183,22 @@ class Plugins:
     def state_dict(self) -> dict[str, Any]:
         """The state of every plugin that has one, by "key/name"."""
         return {plugin.state_name: plugin.instance.state_dict() for plugin in self.loaded if hasattr(plugin.instance, "state_dict")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from the state of the same plugins.
+
+        Raises:
+            ConfigError: a state without its plugin, or the reverse.
+        """
+        stateful = {plugin.state_name: plugin for plugin in self.loaded if hasattr(plugin.instance, "state_dict")}
+        gone, new = sorted(state.keys() - stateful.keys()), sorted(stateful.keys() - state.keys())
+        anew = "begin anew with a saved model as pretrained_model_name_or_path"
+        if gone:
+            raise ConfigError(f"the train state holds the state of {', '.join(gone)}: name the plugin again, or {anew}")
+        if new:
+            raise ConfigError(f"the train state holds nothing of {', '.join(new)}: leave the plugin out, or {anew}")
+        for name, plugin in stateful.items():
+            plugin.instance.load_state_dict(state[name])
 
     def _register_picks_and_chains(self, implementations: list[_Implementation]) -> None:
         self._chain_members = {found.hook for found in implementations}

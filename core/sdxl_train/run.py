@@ -29,12 +29,13 @@ if TYPE_CHECKING:
     from sdxl_train.hookspecs import HookSpecs
     from sdxl_train.keys import Config
     from sdxl_train.loss_recorder import LossRecorder
-    from sdxl_train.metrics import MetricsReader, Speed
+    from sdxl_train.metrics import EpochLoss, MetricsReader, Speed
     from sdxl_train.model.single_file import Checkpoint
     from sdxl_train.model.tokenizer import PromptTokenizer
     from sdxl_train.plugins import Plugins
     from sdxl_train.precision import Precision
     from sdxl_train.sample_benchmark import SampleEntry
+    from sdxl_train.saves import Saves
     from sdxl_train.stopping import StopRequest
     from sdxl_train.update import Update
 
@@ -58,6 +59,9 @@ class Parts:
     latents: PreparedLatents | None
     precision: Precision
     update: Update
+    saves: Saves
+    epoch_loss: EpochLoss
+    first_groups: dict[str, dict[str, Any]]
     long_captions: TokenReport
 
     @property
@@ -84,6 +88,7 @@ class Run:
         dropped_steps, dropped_in_a_row: steps whose loss was not finite.
         stop_reason: why a plugin ended the training, or None.
         saved: path by step of what this run has saved.
+        epoch_is_open: the epoch in progress has begun, and its end is not told yet.
     """
 
     config: Mapping[str, Any]
@@ -108,6 +113,12 @@ class Run:
     dropped_in_a_row: int = 0
     stop_reason: str | None = None
     saved: dict[int, Path] = field(default_factory=dict)
+    epoch_is_open: bool = False
+
+    @property
+    def epoch_of_step(self) -> int:
+        """The epoch of the last completed step; 0 before the first."""
+        return -(-self.step // self.steps_per_epoch)
 
     @property
     def networks(self) -> dict[PartName, nn.Module]:

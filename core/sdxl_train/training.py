@@ -7,13 +7,19 @@ import os
 import sys
 import traceback
 from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdxl_train.banner import banner, summary
 from sdxl_train.config import Settings
 from sdxl_train.console import Console
 from sdxl_train.errors import ConfigError
 from sdxl_train.output_dir import locked_output_dir, prepare_output_dir, resolve_output_dir
+from sdxl_train.resuming import changes, find_state, refuse_other_training, set_later_saves_aside
 from sdxl_train.stopping import StopRequest, ending_with_its_code
+
+if TYPE_CHECKING:
+    from sdxl_train.run import Run
 
 
 def run_training(settings: Settings) -> None:
@@ -39,15 +45,19 @@ def _train(settings: Settings, console: Console, stop: StopRequest) -> None:
     from sdxl_train.build import build_run
     from sdxl_train.loop import train
 
-    now = datetime.now()
-    output_dir = resolve_output_dir(settings.config.output_dir, now)
+    now, keys = datetime.now(), settings.config
+    found = find_state(keys.resume_from, keys.output_dir, console.warn) if keys.resume_from else None
+    state, folder = found or (None, None)
+    output_dir = folder or resolve_output_dir(keys.output_dir, now)
     with locked_output_dir(output_dir, now):
         console.line(f"output_dir: {output_dir}")
-        log_dir = prepare_output_dir(output_dir, fresh=True, now=now, warn=console.line)
+        log_dir = prepare_output_dir(output_dir, fresh=folder is None, now=now, warn=console.line)
         stop.writes_into = output_dir
         run = build_run(settings, output_dir, log_dir, console, stop)
+        if state is not None and not _resume(run, state, now):
+            return
         console.line(banner(run, settings))
-        console.start_progress("step", run.num_train_steps)
+        console.start_progress("step", run.num_train_steps, run.step)
         try:
             train(run)
         except Exception as error:
@@ -55,6 +65,23 @@ def _train(settings: Settings, console: Console, stop: StopRequest) -> None:
             console.line(f"the run failed after step {run.step}: {error}")
             sys.exit(1)
         console.line(summary(run))
+
+
+def _resume(run: Run, state: Path, now: datetime) -> bool:
+    """Put the state into the run; False if the training is at its end already."""
+    from sdxl_train.train_state import SavedState, environment, must_match, restore
+
+    console, saved = run.parts.console, SavedState(state)
+    refuse_other_training(must_match(run), saved)
+    if saved.step >= run.num_train_steps:
+        console.line(f"{state} is at step {saved.step} of {run.num_train_steps}: the training is finished; more num_train_epochs go on")
+        return False
+    for line in changes(run, saved, environment(run)):
+        console.line(line)
+    restore(run, saved)
+    set_later_saves_aside(run.output_dir, run.parts.keys.output_name, run.step, now, console.line)
+    console.line(f"resuming: {state}, after step {run.step}")
+    return True
 
 
 class _ToConsole(logging.Handler):

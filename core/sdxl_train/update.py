@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from sdxl_train.errors import ConfigError, SdxlTrainError
 from sdxl_train.masked_optimizer import MaskedOptimizer
@@ -27,6 +30,7 @@ class Update:
 
     Attributes:
         is_under_way: weights are being changed: an exception from here leaves some that must not be saved.
+        num_applied: updates so far, which is the position of the learning-rate schedule.
         overflows: steps that fp16's loss scaling left out, since their gradients were not finite.
 
     Raises:
@@ -42,6 +46,7 @@ class Update:
         self._scaler = LossScaler(device.type) if keys.mixed_precision == "fp16" else None
         self._is_fused = keys.fused_backward
         self.is_under_way = False
+        self.num_applied = 0
         self.overflows = 0
         if self._is_fused:
             if self._masked is None:
@@ -90,9 +95,21 @@ class Update:
                 self._step()
         if is_applied:
             self._lr_scheduler.step()
+            self.num_applied += 1
         else:
             self.overflows += 1
         self._optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, and the loss scale with the steps since its last change."""
+        return {"num_applied": self.num_applied, "overflows": self.overflows, "scaler": self._scaler.state_dict() if self._scaler else None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, and bring the schedule to its position."""
+        self.num_applied, self.overflows = state["num_applied"], state["overflows"]
+        if self._scaler is not None and state["scaler"] is not None:
+            self._scaler.load_state_dict(state["scaler"])
+        set_position(self._lr_scheduler, self.num_applied)
 
     def _apply_scaled(self, scaler: LossScaler) -> bool:
         """fp16: whether the gradients were finite and the weights are updated. Waits for the device."""
@@ -141,3 +158,21 @@ def _step_in_backward(optimizer: Optimizer, masked: MaskedOptimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.register_post_accumulate_grad_hook(update)
+
+
+def set_position(lr_scheduler: LRScheduler, num_steps: int) -> None:
+    """Bring a schedule that was just made to where it is after so many steps.
+
+    It follows the configuration it was made from. Loading a saved schedule would bring back the old rates, and then mix both.
+    """
+    if type(lr_scheduler) is LambdaLR:  # a closed form of the position
+        lr_scheduler.last_epoch = num_steps
+        lr_scheduler._step_count = num_steps + 1
+        for group, rate in zip(lr_scheduler.optimizer.param_groups, lr_scheduler.get_lr(), strict=True):
+            group["lr"] = rate
+        lr_scheduler._last_lr = [group["lr"] for group in lr_scheduler.optimizer.param_groups]
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*before `optimizer.step", category=UserWarning)
+        for _ in range(num_steps):
+            lr_scheduler.step()

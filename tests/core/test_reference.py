@@ -68,7 +68,7 @@ def test_the_example_sets_every_key_to_its_default(check: Callable[[str], dict])
 def test_a_commented_key_of_the_example_is_valid_when_uncommented(check: Callable[[str], dict], tmp_path: Path) -> None:
     rows = [row for row in key_rows(installed_plugins(built_in_only=True)) if row.is_used and row.default is None]
     needs_more = {"sample_benchmark", "vae", "caption_processor", "description_processor"}  # they name files that do not exist here
-    refused = {"records_cache_dir", "resume_from"}  # not built yet
+    refused = {"records_cache_dir"}
     example = example_toml(built_in_only=True)
     tried = 0
     for row in rows:

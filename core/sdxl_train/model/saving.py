@@ -16,7 +16,15 @@ from sdxl_train.errors import CheckpointError
 from sdxl_train.model.architecture import CONTEXT_LENGTH, METADATA_KEY
 from sdxl_train.model.key_names import LOGIT_SCALE, POSITION_IDS, Entry, module_name
 from sdxl_train.model.single_file import V_PREDICTION_MARKER, ZERO_TERMINAL_SNR_MARKER, Checkpoint
-from sdxl_train.model.weight_file import FLOAT_DTYPES, SAVE_PRECISIONS, TensorToWrite, dtype_name, torch_dtype, write_safetensors
+from sdxl_train.model.weight_file import (
+    FLOAT_DTYPES,
+    SAVE_PRECISIONS,
+    TensorToWrite,
+    WeightFile,
+    dtype_name,
+    torch_dtype,
+    write_safetensors,
+)
 
 MARKERS = (V_PREDICTION_MARKER, ZERO_TERMINAL_SNR_MARKER)
 _LOGIT_SCALE = math.log(100)  # where OpenCLIP's training clips it, and its value in SDXL
@@ -55,7 +63,7 @@ def save_checkpoint(
     save_precision: str,
     metadata: Mapping[str, str],
     markers: Collection[str] = (),
-) -> None:
+) -> dict[str, TensorToWrite]:
     """Writes a complete single-file model; `path` is whole or as it was.
 
     Args:
@@ -64,6 +72,8 @@ def save_checkpoint(
         save_precision: a key of SAVE_PRECISIONS; applies to floating-point tensors. "keep" writes each as it is held.
         metadata: as from `file_metadata`, with anything more.
         markers: those of MARKERS that hold. One in the base that does not hold any more is left out.
+    Returns:
+        what was written, for `written_faults`.
     Raises:
         CheckpointError: weights that are not finite in the saved precision.
         NotSavedError: the disk refused.
@@ -73,6 +83,25 @@ def save_checkpoint(
     if (architecture := base.architecture.to_metadata()) is not None:
         extra[METADATA_KEY] = architecture
     write_atomically(path, tensors, {**metadata, **extra})
+    return tensors
+
+
+def written_faults(path: Path, tensors: Mapping[str, TensorToWrite]) -> list[str]:
+    """Read a file back: what of it is not as it was to be written, in names, shapes, dtypes, or values that are not finite."""
+    try:
+        file = WeightFile(str(path))
+    except (CheckpointError, OSError) as error:
+        return [str(error)]
+    found = {name: (info.dtype, tuple(info.shape)) for name, info in file.header.tensors.items()}
+    wanted = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    faults = [f"{name} is missing" for name in wanted.keys() - found.keys()]
+    faults += [f"{name} was not to be there" for name in found.keys() - wanted.keys()]
+    for name in wanted.keys() & found.keys():
+        if found[name] != wanted[name]:
+            faults.append(f"{name} is {found[name]} in place of {wanted[name]}")
+        elif found[name][0] in FLOAT_DTYPES and not _is_finite(file.read(name)):
+            faults.append(f"{name} is not finite")
+    return faults
 
 
 def write_atomically(path: Path, tensors: Mapping[str, TensorToWrite], metadata: Mapping[str, str]) -> None:
@@ -142,7 +171,11 @@ def _base_tensor(base: Checkpoint, name: str, dtype: str | None, checked: bool) 
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
-    # NaN comes through as an extreme; one pass, where isfinite() takes several.
-    if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+    if not _is_finite(tensor):
         raise CheckpointError(f"not saved: {name} holds values that are not finite in {str(tensor.dtype).removeprefix('torch.')}")
     return tensor
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # NaN comes through as an extreme; one pass, where isfinite() takes several.
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
