@@ -92,7 +92,8 @@ def _latents(run: Run) -> str:
 
 def _trained_part(group: dict[str, Any]) -> str:
     num_parameters = sum(parameter.numel() for parameter in group["params"])
-    return f"{group['name']} ({num_parameters:,} parameters, learning rate {group.get('initial_lr', group['lr']):g})"
+    rate = group.get("initial_lr", group["lr"])
+    return f"{group['name']} ({num_parameters:,} parameters, learning rate {'set by the optimizer' if rate is None else f'{rate:g}'})"
 
 
 def _precision(run: Run) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from sdxl_train.base_marks import contradicted_marks
 from sdxl_train.config import Settings
+from sdxl_train.config_rules import schedule_warnings
 from sdxl_train.console import Console, figures_of
 from sdxl_train.data.caching import PreparedLatents, VaeInUse
 from sdxl_train.data.epoch_plan import num_batches, steps_per_epoch
@@ -62,6 +63,8 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
     batches = num_batches(index, keys.batch_size)
     per_epoch = steps_per_epoch(batches, keys.gradient_accumulation_steps, 1)
     num_steps = min(per_epoch * keys.num_train_epochs, keys.max_train_steps or per_epoch * keys.num_train_epochs)
+    for warning in schedule_warnings(settings.values, num_steps):
+        console.warn(warning)
     optimizer = plugins.hooks.build_optimizer(param_groups=networks.param_groups)
     lr_scheduler = plugins.hooks.build_lr_scheduler(
         optimizer=optimizer, num_warmup_steps=keys.lr_warmup_steps, num_training_steps=num_steps

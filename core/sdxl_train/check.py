@@ -21,6 +21,7 @@ from sdxl_train import not_built
 from sdxl_train.base_marks import contradicted_marks
 from sdxl_train.check_files import SavePlan, equal_files, latent_bytes, planned_saves, space_warnings
 from sdxl_train.config import Settings, read_settings
+from sdxl_train.config_rules import schedule_warnings
 from sdxl_train.console import Console
 from sdxl_train.data.cache_writer import unwritable_folders
 from sdxl_train.data.caches import check_caches, never_stop
@@ -284,6 +285,8 @@ def _count(index: Index, settings: Settings, plan: Plan) -> None:
     plan.steps_per_epoch = steps_per_epoch(plan.batches_per_epoch, keys.gradient_accumulation_steps, 1)
     by_epochs = plan.steps_per_epoch * keys.num_train_epochs
     plan.num_train_steps = min(by_epochs, keys.max_train_steps or by_epochs)
+    if plan.num_train_steps:
+        plan.warnings += schedule_warnings(settings.values, plan.num_train_steps)
 
 
 def _bucket(index: Index, size: tuple[int, int], batch_size: int) -> BucketPlan:

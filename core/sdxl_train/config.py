@@ -16,7 +16,7 @@ from sdxl_train import config_rules, not_built
 from sdxl_train.errors import ConfigError, PluginError, Problem
 from sdxl_train.keys import Config
 from sdxl_train.options import Options, flat_keys, option_aliases, resolve_aliases
-from sdxl_train.plugin_discovery import OWN_DISTRIBUTION, Catalogue, distribution_name
+from sdxl_train.plugin_discovery import OWN_DISTRIBUTION, Catalogue, distribution_name, missing_packages
 from sdxl_train.plugin_keys import PLUGIN_KEYS, PluginKey
 from sdxl_train.plugins import Choice, Plugins, options_of
 from sdxl_train.sample_benchmark import SampleEntry, read_benchmark
@@ -64,7 +64,7 @@ def load_settings(path: Path, settings: Sequence[str] = (), needs: Iterable[str]
     Raises:
         ConfigError: all problems together, one a line, and in `problems`.
     """
-    check = _Check(read_toml(path, settings), set(needs))
+    check = _Check(read_toml(path, settings), set(needs), asks_libraries="training" in needs)
     made = check.settings()
     if made is None or check.problems:
         raise ConfigError("\n".join(check.problems), tuple(check.problems.values()))
@@ -72,7 +72,7 @@ def load_settings(path: Path, settings: Sequence[str] = (), needs: Iterable[str]
 
 
 def read_settings(path: Path, settings: Sequence[str], needs: Iterable[str], problems: list[Problem]) -> Settings | None:
-    """As `load_settings`, for a report that goes on after a problem.
+    """As `load_settings`, for a report that goes on after a problem, and that imports no library to ask about options.
 
     Args:
         problems: gets all of them.
@@ -103,14 +103,16 @@ class _Used:
 class _Check:
     """One pass over a configuration that collects every problem."""
 
-    def __init__(self, source: TomlSource, needs: set[str]) -> None:
+    def __init__(self, source: TomlSource, needs: set[str], asks_libraries: bool = False) -> None:
         self.source = source
         self.needs = needs
+        self.asks_libraries = asks_libraries
         self.catalogue = Catalogue()
         self.problems: dict[str, Problem] = {}  # by message
         self.bad: set[str] = set()
-        self.data = source.data
-        self.notes: list[str] = []
+        self.given = set(source.data)
+        self.data, notes = config_rules.follow_relative_step(source.data)
+        self.notes = [f"{source.where((key,))}: {note}" for key, note in notes]
 
     def settings(self) -> Settings | None:
         """The settings, which hold only together with `problems`; None where what is wrong decides which data there are."""
@@ -129,24 +131,36 @@ class _Check:
         samples = self._samples(config)
         if plugins is None or self.bad - _BESIDE_THE_DATA:
             return None
-        warnings = [f"{self.source.where((text.split()[0],))}: {text}" for text in config_rules.warnings(values, set(self.data))]
+        warnings = [f"{self.source.where((text.split()[0],))}: {text}" for text in config_rules.warnings(values, self.given)]
         return Settings(
             config,
             plugins,
             MappingProxyType(values),
             (*warnings, *self.notes),
             tuple(samples),
-            frozenset(self.data) | {f"{key}.{name}" for key, table in self.data.items() if isinstance(table, dict) for name in table},
+            frozenset(self.given)
+            | {f"{key}.{name}" for key, table in self.source.data.items() if isinstance(table, dict) for name in table},
         )
 
     def _plugins(self, used: list[_Used], seed: int) -> Plugins | None:
         """Make the plugins whose options are valid, so that what is wrong with their hooks is in the same report."""
         sound = [plugin for plugin in used if not self.bad & {plugin.key.key, plugin.key.options_key, *self._flat_of(plugin)}]
         try:
-            return Plugins([Choice(plugin.key.key, plugin.name, plugin.options) for plugin in sound], seed, self.catalogue)
+            plugins = Plugins([Choice(plugin.key.key, plugin.name, plugin.options) for plugin in sound], seed, self.catalogue)
+            if self.asks_libraries:
+                self._ask_libraries(plugins)
+            return plugins
         except PluginError as error:
             self._add(f"{self.source.name}: {error}", None)
             return None
+
+    def _ask_libraries(self, plugins: Plugins) -> None:
+        """What is wrong with options that only an imported library knows, from plugins that offer `library_problems`."""
+        for plugin in plugins.loaded:
+            key = plugin.target.key
+            for name, message in getattr(plugin.instance, "library_problems", tuple)():
+                path = (key.key,) if not name else (key.options_key, *([plugin.target.name] if key.shape == "list" else []), name)
+                self._problem(path, f"{'.'.join(path)}: {message}")
 
     def _samples(self, config: Config) -> list[SampleEntry]:
         """The benchmark's entries; what is wrong with them joins the report."""
@@ -202,6 +216,8 @@ class _Check:
         for name in names:
             try:
                 target = self.catalogue.find(key, name)
+                for missing in missing_packages(target.value):
+                    self._problem((key.key,), f'{key.key} = "{target.name}" needs {missing}')
                 own, table = (tables.get(name, {}), (name,)) if as_list else (tables, ())
                 found.append(_Used(key, target.name, options_of(target), own, (key.options_key, *table)))
             except PluginError as error:
@@ -319,7 +335,7 @@ class _Check:
         clean = {name: value for name, value in given.items() if name not in self.bad or model is not Config}
         try:
             checked = model.model_validate_json(json.dumps(clean, default=str), strict=True)
-            return {name: getattr(checked, name) for name in type(checked).model_fields}
+            return {name: getattr(checked, name) for name in (*type(checked).model_fields, *(checked.model_extra or ()))}
         except ValidationError as error:
             wrong: dict[KeyPath, list[Any]] = {}
             for one in error.errors(include_url=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from sdxl_train.learning_rates import block_rates
 
 Values = Mapping[str, Any]
 Rule = tuple[tuple[str, ...], str]
+Note = tuple[str, str]
 
 
 def broken_rules(values: Values, bad: set[str], needs: set[str]) -> Iterator[Rule]:
@@ -19,7 +21,7 @@ def broken_rules(values: Values, bad: set[str], needs: set[str]) -> Iterator[Rul
         values: every effective key.
         needs: what the command works with: "data", "training", "samples".
     """
-    for rule in (_precision, _steps, _fused, _sampling, _inputs):
+    for rule in (_precision, _steps, _fused, _schedule, _sampling, _inputs):
         yield from (found for found in rule(values, needs) if not bad & set(found[0]))
 
 
@@ -77,6 +79,16 @@ def _fused(values: Values, needs: set[str]) -> Iterator[Rule]:
         yield ("fused_backward", "mixed_precision"), 'fused_backward = true excludes mixed_precision = "fp16": an overflow shows too late'
 
 
+def _schedule(values: Values, _: set[str]) -> Iterator[Rule]:
+    if values["lr_scheduler"] and values["lr_scheduler"].startswith("adafactor") and not _sets_own_rate(values):
+        name, found = values["lr_scheduler"], values["optimizer_type"]
+        yield (
+            ("lr_scheduler", "optimizer_type", "optimizer_kwargs"),
+            f'lr_scheduler = "{name}" needs optimizer_type = "AdaFactor" with optimizer_kwargs.relative_step = true, got "{found}"'
+            + (" with relative_step = false" if _is_adafactor(found) else ""),
+        )
+
+
 def _sampling(values: Values, needs: set[str]) -> Iterator[Rule]:
     if values["sample_benchmark"] is None:
         for key in ("sample_every_n_epochs", "sample_every_n_steps"):
@@ -103,13 +115,82 @@ def _inputs(values: Values, needs: set[str]) -> Iterator[Rule]:
         yield ("sample_benchmark",), f"sample_benchmark: {values['sample_benchmark']} is missing"
 
 
+def schedule_warnings(values: Values, num_train_steps: int) -> list[str]:
+    """What of the schedule does not fit the number of steps, which is known once the data are read."""
+    warmup, name = values["lr_warmup_steps"], values["lr_scheduler"]
+    if warmup < max(1, num_train_steps) or name in ("constant", "piecewise_constant") or name.startswith("adafactor"):
+        return []
+    return [f"lr_warmup_steps = {warmup}: the run has only {num_train_steps} steps, so the learning rate never reaches its height"]
+
+
 def _text_rates(values: Values, given: set[str]) -> bool:
     return not values["train_text_encoder"] and bool({"learning_rate_te1", "learning_rate_te2"} & given)
 
 
+def _is_adafactor(name: object) -> bool:
+    """Also of `package.Adafactor` and `./file.py:Adafactor`."""
+    return isinstance(name, str) and _last_part(name) == "adafactor"
+
+
+def _last_part(name: str) -> str:
+    return re.split(r"[.:]", name)[-1].casefold()
+
+
+def _sets_own_rate(values: Values) -> bool:
+    """Whether the optimizer is an Adafactor that computes its rate itself; warmup_init implies it."""
+    options = values.get("optimizer_kwargs")
+    asked = isinstance(options, Mapping) and any(options.get(name) is True for name in ("relative_step", "warmup_init"))
+    return asked and _is_adafactor(values.get("optimizer_type", "AdaFactor"))
+
+
 def _adafactor_alone(values: Values) -> bool:
-    options = values["optimizer_kwargs"]
-    return values["optimizer_type"].casefold() == "adafactor" and not options.get("relative_step", False)
+    return _is_adafactor(values["optimizer_type"]) and not _sets_own_rate(values)
+
+
+def follow_relative_step(data: Values) -> tuple[dict[str, Any], list[Note]]:
+    """What an Adafactor that computes its rate itself leaves of the schedule's keys: only what is reported before its first step.
+
+    Args:
+        data: the file's keys, unchecked.
+    Returns:
+        (the keys in effect, (key, note) for each that changes or has no effect).
+    """
+    name, rate = data.get("lr_scheduler"), data.get("learning_rate", 1e-5)
+    result, notes = dict(data), list[Note]()
+    is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+    reporting = f"adafactor:{rate:g}" if is_number else "adafactor"
+    if name == "adafactor":
+        result["lr_scheduler"] = reporting
+    if not _sets_own_rate(data):
+        return result, notes
+    options = data["optimizer_kwargs"]
+    if options.get("warmup_init") is True and options.get("relative_step") is not True:
+        notes.append(("optimizer_kwargs", "optimizer_kwargs.warmup_init = true turns relative_step on"))
+    if name is None or (isinstance(name, str) and not name.startswith("adafactor")):
+        result["lr_scheduler"] = reporting
+        notes.append(("lr_scheduler", f'lr_scheduler is "{reporting}", since Adafactor with relative_step = true sets its own rate'))
+        if result.pop("lr_scheduler_kwargs", None):
+            notes.append(("lr_scheduler_kwargs", "lr_scheduler_kwargs has no effect with relative_step = true"))
+    if data.get("lr_warmup_steps"):
+        notes.append(("lr_warmup_steps", "lr_warmup_steps counts as 0 with relative_step = true"))
+    result["lr_warmup_steps"] = 0 if isinstance(data.get("lr_warmup_steps", 0), int) else data["lr_warmup_steps"]
+    for key in ("learning_rate", "learning_rate_te1", "learning_rate_te2", "block_lr"):
+        if data.get(key) and (key != "learning_rate" or result["lr_scheduler"] != reporting):
+            notes.append((key, f"{key} sets no rate with relative_step = true"))
+    return result, notes
+
+
+def _rates(values: Values) -> list[float]:
+    """The learning rates of all trained groups, the U-Net's first."""
+    rates = [values["learning_rate"]]
+    if values["train_text_encoder"]:
+        rates += [values["learning_rate"] if values[key] is None else values[key] for key in ("learning_rate_te1", "learning_rate_te2")]
+    return [rate for rate in rates if rate > 0]
+
+
+def _finds_its_rate(values: Values) -> bool:
+    name = _last_part(values["optimizer_type"])
+    return name == "prodigy" or name.startswith("dadapt")
 
 
 _WARNINGS: dict[str, Callable[[Values, set[str]], bool]] = {
@@ -141,6 +222,12 @@ _WARNINGS: dict[str, Callable[[Values, set[str]], bool]] = {
     ),
     "Adafactor is usually run with clip_threshold = 1": lambda v, _: (
         _adafactor_alone(v) and v["optimizer_kwargs"].get("clip_threshold", 1.0) != 1.0
+    ),
+    "learning_rate is a factor on the rate that D-adaptation and Prodigy find: 1 is usual, 0.1 or less probably a mistake": lambda v, _: (
+        _finds_its_rate(v) and min(_rates(v), default=1.0) <= 0.1
+    ),
+    "learning_rate differs between the trained parts, but D-adaptation and Prodigy use the first rate only": lambda v, _: (
+        _finds_its_rate(v) and (len(set(_rates(v))) > 1 or bool(v["block_lr"]))
     ),
     "block_lr is deprecated": lambda v, _: v["block_lr"] is not None,
     "lr_warmup_steps has no effect with this lr_scheduler": lambda v, given: (

@@ -158,7 +158,7 @@ def _option_row(model: type[BaseModel], name: str, path: tuple[str, ...], sectio
 
 def _plugin_key_row(key: PluginKey, own: list[Installed], section: str) -> Row:
     default: Any = list(key.default) if key.shape == "list" else next(iter(key.default), ABSENT)
-    names = ", ".join(plugin.name for plugin in own)
+    names = ", ".join([*(plugin.name for plugin in own), *([key.other_names] if key.other_names else [])])
     types = {"name": "plugin name", "list": "list[plugin name]", "name or list": "plugin name or list[plugin name]"}
     schema = plugin_key_schema(key, own)
     return Row((key.key,), section, types[key.shape], names, default, key.help.rstrip("."), key.zh.rstrip("。"), schema)
@@ -170,6 +170,8 @@ def plugin_key_schema(key: PluginKey, own: Iterable[Installed]) -> Schema:
     name: Schema = {"anyOf": [{"enum": names}] if names else []}
     if key.ignores_case:
         name["anyOf"] += [{"type": "string", "pattern": f"^{any_case(text)}$"} for text in names]
+    if key.other_names:
+        name["anyOf"].append({"type": "string", "pattern": key.other_names_pattern, "description": key.other_names})
     name["anyOf"].append({"type": "string", "pattern": ".:.", "description": "package.module:attribute or ./file.py:attribute"})
     listed: Schema = {"type": "array", "items": name, "uniqueItems": True}
     schema = {"name": name, "list": listed, "name or list": {"anyOf": [*name["anyOf"], listed]}}[key.shape]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 
@@ -21,7 +21,7 @@ def before_first_step(run: Run) -> None:
         _sample(run, "step")
 
 
-def after_step(run: Run, loss: Tensor | None, rates: dict[str, float]) -> bool:
+def after_step(run: Run, loss: Tensor | None, rates: Mapping[str, float | Tensor]) -> bool:
     """Count and log the step, then ask for saving, sampling and stopping.
 
     Args:
@@ -140,6 +140,16 @@ def _sample(run: Run, moment: Moment) -> None:
     parts.speed.restart()
 
 
-def current_rates(run: Run) -> dict[str, float]:
-    """The learning rates that the next update uses, by their tags: "lr/unet" and so on."""
-    return {f"lr/{group['name']}": float(group["lr"]) for group in run.optimizer.param_groups}
+def current_rates(run: Run) -> dict[str, float | Tensor]:
+    """The learning rates that the next update uses, by their tags: "lr/unet" and so on.
+
+    A group without a rate is one whose optimizer computes it; the schedule then reports the rate of the update before. A group's "d" is
+    the step size that D-adaptation or Prodigy has found: the update moves by "lr_effective/unet" = d * lr. Tensors stay on the device.
+    """
+    rates: dict[str, float | Tensor] = {}
+    for group, reported in zip(run.optimizer.param_groups, run.lr_scheduler.get_last_lr(), strict=True):
+        rate = reported if group["lr"] is None else group["lr"]
+        rates[f"lr/{group['name']}"] = rate
+        if "d" in group:
+            rates[f"lr_effective/{group['name']}"] = group["d"] * rate
+    return {tag: rate.detach().clone() if isinstance(rate, Tensor) else float(rate) for tag, rate in rates.items()}

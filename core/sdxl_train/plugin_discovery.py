@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -9,13 +10,32 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sdxl_train.errors import PluginError
 from sdxl_train.plugin_keys import PluginKey
-from sdxl_train.text_display import did_you_mean
 
 OWN_DISTRIBUTION = "sdxl-train"
+RESOLVERS_GROUP = "sdxl_train.resolvers"
+
+
+class NameResolver(Protocol):
+    """Says what further names stand for, where a key takes more than a list can hold. Entry point: this group, named like the TOML key.
+
+    It is asked about a name that is no entry point, before the name is taken for an import path, and imports nothing heavy.
+    """
+
+    def names(self) -> list[str]:
+        """The names to suggest to somebody who mistyped one."""
+        ...
+
+    def find(self, name: str) -> tuple[str, Any] | None:
+        """The name in its proper spelling and the plugin; None for a name it does not know.
+
+        Raises:
+            PluginError: the name is its own and cannot be used.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -58,6 +78,7 @@ class Catalogue:
         Raises:
             PluginError: nothing has this name, two distributions have it, or it cannot be imported; names the cause.
         """
+        resolvers: list[NameResolver] = []
         same = (lambda a, b: a.casefold() == b.casefold()) if key.ignores_case else (lambda a, b: a == b)
         matches = [point for point in self._installed.select(group=key.group) if same(point.name, name)]
         if len(matches) > 1:
@@ -65,11 +86,35 @@ class Catalogue:
             raise PluginError(f'{key.key} = "{name}": {owners} both have this name; uninstall one, or name its import path')
         if matches:
             return Target(key, matches[0].name, _origin(matches[0]), _load_entry_point(key, matches[0]))
+        for point in self._installed.select(group=RESOLVERS_GROUP, name=key.key):
+            resolvers.append(_load_entry_point(key, point)())
+            found = resolvers[-1].find(name)
+            if found is not None:
+                return Target(key, found[0], _origin(point), found[1])
         if ":" in name:
             return Target(key, name, name.partition(":")[0], _load_path(key, name))
+        raise PluginError(f'{key.key} = "{name}": no installed plugin has this name{self._instead(key, name, resolvers)}')
+
+    def _instead(self, key: PluginKey, name: str, resolvers: list[NameResolver]) -> str:
+        """The end of the message about an unknown name: the nearest one, and which there are."""
         known = self.names(key)
-        hint = did_you_mean(name, known)
-        raise PluginError(f'{key.key} = "{name}": no installed plugin has this name{hint} (known: {", ".join(known) or "none"})')
+        spellings = {one.casefold() if key.ignores_case else one: one for one in (*(n for r in resolvers for n in r.names()), *known)}
+        near = difflib.get_close_matches(name.casefold() if key.ignores_case else name, spellings, 1)
+        hint = f'; did you mean "{spellings[near[0]]}"?' if near else ""
+        return f"{hint} (known: {', '.join(known) or 'none'}{'; ' + key.other_names if key.other_names else ''})"
+
+
+def missing_packages(value: Any) -> list[str]:
+    """What a plugin's `needs_packages` (module: how to install it) names and is not installed, as words. Imports nothing."""
+    needed: dict[str, str] = getattr(value, "needs_packages", {})
+    return [f"the package {name}, which is not installed: {how}" for name, how in needed.items() if not _is_installed(name)]
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def distribution_name(point: EntryPoint) -> str:

@@ -18,6 +18,7 @@ class PluginKey:
         shape: "name" (one name), "list" (always a list) or "name or list".
         help, zh: one sentence for the configuration page.
         ignores_case: names are compared without regard to case.
+        other_names, other_names_pattern: which further values there are, as words and as a regular expression; empty: none.
     """
 
     key: str
@@ -28,6 +29,8 @@ class PluginKey:
     help: str
     zh: str
     ignores_case: bool = False
+    other_names: str = ""
+    other_names_pattern: str = ""
 
     @property
     def group(self) -> str:
@@ -68,10 +71,13 @@ PLUGIN_KEYS: dict[str, PluginKey] = {
         PluginKey(
             "optimizer_type", "pick", ("build_optimizer",), ("AdaFactor",), "name",
             "The optimizer; upper and lower case are the same.", "优化器类型，不区分大小写。", ignores_case=True,
+            other_names="any class of pytorch_optimizer or torch.optim by its name; package.Class",
+            other_names_pattern=r"^[A-Za-z_][\w.]*$",
         ),
         PluginKey(
             "lr_scheduler", "pick", ("build_lr_scheduler",), ("constant_with_warmup",), "name",
             "How the learning rate changes over the steps.", "学习率调度器。",
+            other_names="adafactor:<initial learning rate>", other_names_pattern="^adafactor:.",
         ),
         PluginKey(
             "timestep_sampler_type", "pick", ("sample_timesteps",), ("uniform",), "name",

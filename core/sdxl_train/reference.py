@@ -152,4 +152,5 @@ def _table_schema(plugin: Installed, schemas: OptionSchemas) -> Schema:
     properties = {name: schema for name, schema in schemas.properties[plugin.options].items() if name not in flat}
     aliases = {alias: properties[name] for name, names in option_aliases(plugin.options).items() if name in properties for alias in names}
     required = [name for name in properties if plugin.options.model_fields[name].is_required()]
-    return {"type": "object", "additionalProperties": False, "properties": properties | aliases, "required": required}
+    is_open = plugin.options.model_config.get("extra") == "allow"
+    return {"type": "object", "additionalProperties": is_open, "properties": properties | aliases, "required": required}

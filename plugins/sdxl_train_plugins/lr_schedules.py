@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import field_validator
 
 import sdxl_train
-from sdxl_train import ConfigError, hookimpl, option
+from sdxl_train import ConfigError, PluginError, hookimpl, option
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -224,3 +224,71 @@ class PiecewiseConstant:
     @hookimpl
     def build_lr_scheduler(self, optimizer: Optimizer) -> LRScheduler:
         return schedule(optimizer, piecewise_constant_factor(*parse_step_rules(self._step_rules)))
+
+
+class Adafactor:
+    """The rate that Adafactor computes itself with relative_step = true; `adafactor:<rate>` says what is reported before its first step."""
+
+    initial_lr = 0.0
+
+    @hookimpl
+    def build_lr_scheduler(self, optimizer: Optimizer) -> LRScheduler:
+        return adafactor_rates(optimizer, self.initial_lr)
+
+
+def adafactor_rates(optimizer: Any, initial_lr: float) -> LRScheduler:
+    """A schedule that only reports: `get_last_lr` has the rate of each group's last update, and `initial_lr` before the first one.
+
+    Args:
+        optimizer: as transformers' Adafactor: `_get_lr(group, state)` is the rate of the parameter with that state.
+    Raises:
+        ConfigError: the optimizer does not compute its rate.
+    """
+    from torch.optim.lr_scheduler import LRScheduler
+
+    if not (hasattr(optimizer, "_get_lr") and all(group.get("relative_step") for group in optimizer.param_groups)):
+        raise ConfigError(f'lr_scheduler = "adafactor" needs an Adafactor with relative_step = true, got {type(optimizer).__name__}')
+
+    class AdafactorRates(LRScheduler):
+        def __init__(self) -> None:  # LRScheduler's own would write rates into the groups, whose lr stays None
+            self.optimizer = optimizer
+            self.base_lrs: list[Any] = [initial_lr] * len(optimizer.param_groups)
+            self.last_epoch = 0
+            self._last_lr = self.get_lr()
+
+        def get_lr(self) -> list[Any]:
+            rates = []
+            for group, initial in zip(optimizer.param_groups, self.base_lrs, strict=True):
+                states = (optimizer.state.get(parameter) for parameter in group["params"])
+                state = next((state for state in states if state and "step" in state), None)
+                rates.append(initial if state is None else optimizer._get_lr(group, state))
+            return rates
+
+        def step(self, epoch: int | None = None) -> None:
+            self.last_epoch += 1
+            self._last_lr = self.get_lr()
+
+    return AdafactorRates()
+
+
+class ScheduleNames:
+    """The values of `lr_scheduler` beyond the entry points: `adafactor:<initial lr>`."""
+
+    def names(self) -> list[str]:
+        """None that could be listed."""
+        return []
+
+    def find(self, name: str) -> tuple[str, type[Adafactor]] | None:
+        """The name and its plugin; None for another name.
+
+        Raises:
+            PluginError: what follows the colon is no rate.
+        """
+        kind, colon, rate = name.partition(":")
+        if kind != "adafactor" or not colon:
+            return None
+        try:
+            initial_lr = _factor(rate)
+        except ValueError as error:
+            raise PluginError(f'lr_scheduler = "{name}": after adafactor: comes the initial learning rate, a number >= 0') from error
+        return name, type("Adafactor", (Adafactor,), {"__doc__": Adafactor.__doc__, "initial_lr": initial_lr})
