@@ -158,7 +158,7 @@ def _option_row(model: type[BaseModel], name: str, path: tuple[str, ...], sectio
 
 def _plugin_key_row(key: PluginKey, own: list[Installed], section: str) -> Row:
     default: Any = list(key.default) if key.shape == "list" else next(iter(key.default), ABSENT)
-    names = ", ".join([*(plugin.name for plugin in own), *([key.other_names] if key.other_names else [])])
+    names = ", ".join(plugin.name for plugin in own)
     types = {"name": "plugin name", "list": "list[plugin name]", "name or list": "plugin name or list[plugin name]"}
     schema = plugin_key_schema(key, own)
     return Row((key.key,), section, types[key.shape], names, default, key.help.rstrip("."), key.zh.rstrip("。"), schema)

@@ -70,13 +70,13 @@ PLUGIN_KEYS: dict[str, PluginKey] = {
         ),
         PluginKey(
             "optimizer_type", "pick", ("build_optimizer",), ("AdaFactor",), "name",
-            "The optimizer; upper and lower case are the same.", "优化器类型，不区分大小写。", ignores_case=True,
+            "The optimizer, upper and lower case the same; also any class of pytorch_optimizer or torch.optim, and package.Class.", "优化器类型，不区分大小写；也可为 pytorch_optimizer 或 torch.optim 的任意类名，或 package.Class。", ignores_case=True,
             other_names="any class of pytorch_optimizer or torch.optim by its name; package.Class",
             other_names_pattern=r"^[A-Za-z_][\w.]*$",
         ),
         PluginKey(
             "lr_scheduler", "pick", ("build_lr_scheduler",), ("constant_with_warmup",), "name",
-            "How the learning rate changes over the steps.", "学习率调度器。",
+            "How the learning rate changes over the steps; also adafactor:<initial learning rate>.", "学习率调度器；也可为 adafactor:<初始学习率>。",
             other_names="adafactor:<initial learning rate>", other_names_pattern="^adafactor:.",
         ),
         PluginKey(
