@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from sdxl_train import ConfigError
+from sdxl_train import ConfigError, PluginError
 from sdxl_train_plugins import lr_schedules
 from sdxl_train_plugins.lr_schedules import PiecewiseConstant, Polynomial, parse_step_rules
 
@@ -153,3 +153,58 @@ def test_a_rebuilt_schedule_set_to_its_position_goes_on_exactly() -> None:
     second_groups.step()
     second.step()
     assert second_groups.param_groups[0]["lr"] == whole[9][0]
+
+
+def own_rate_optimizer(**options: Any) -> Any:
+    from transformers.optimization import Adafactor
+
+    groups = [{"params": [torch.nn.Parameter(torch.full((4, 4), size))], "name": name} for size, name in ((1.0, "unet"), (2.0, "te"))]
+    return Adafactor(groups, relative_step=True, **options)
+
+
+def reported(optimizer: Any, name: str, steps: int) -> list[list[float]]:
+    from sdxl_train.plugin_discovery import Catalogue
+    from sdxl_train.plugin_keys import PLUGIN_KEYS
+
+    plugin = Catalogue().find(PLUGIN_KEYS["lr_scheduler"], name).value()
+    rates = plugin.build_lr_scheduler(optimizer)
+    seen = [[float(rate) for rate in rates.get_last_lr()]]
+    for _ in range(steps):
+        for group in optimizer.param_groups:
+            group["params"][0].grad = torch.ones(4, 4)
+        optimizer.step()
+        optimizer.zero_grad()  # the rates are known without the gradients
+        rates.step()
+        seen.append([float(rate) for rate in rates.get_last_lr()])
+    assert [group["lr"] for group in optimizer.param_groups] == [None, None]
+    return seen
+
+
+def test_adafactors_own_rate_is_reported_from_the_initial_one_on() -> None:
+    seen = reported(own_rate_optimizer(scale_parameter=False, warmup_init=True), "adafactor:3e-5", 3)
+    assert seen == [[pytest.approx(rate)] * 2 for rate in (3e-5, 1e-6, 2e-6, 3e-6)]  # warmup_init: 1e-6 * step
+
+
+def test_adafactors_own_rate_is_that_of_each_group() -> None:
+    (first, second) = reported(own_rate_optimizer(scale_parameter=True), "adafactor:1e-5", 1)
+    assert first == [1e-5, 1e-5] and second == pytest.approx([0.01, 0.02])  # 1e-2 times the weights' root mean square
+
+
+def test_adafactors_schedule_continues_from_its_state() -> None:
+    optimizer = own_rate_optimizer(scale_parameter=False, warmup_init=True)
+    reported(optimizer, "adafactor:1e-5", 2)
+    first, second = (lr_schedules.adafactor_rates(optimizer, rate) for rate in (1e-5, 7.0))
+    first.step()
+    second.load_state_dict(first.state_dict())
+    assert second.get_last_lr() == first.get_last_lr() == pytest.approx([2e-6, 2e-6])
+
+
+def test_the_adafactor_schedule_refuses_an_optimizer_without_a_rate_of_its_own() -> None:
+    with pytest.raises(ConfigError, match="relative_step"):
+        lr_schedules.Adafactor().build_lr_scheduler(optimizer(1e-3))
+
+
+@pytest.mark.parametrize("name", ["adafactor:", "adafactor:fast", "adafactor:-1", "adafactor:nan"])
+def test_an_initial_rate_that_is_none_is_an_error(name: str) -> None:
+    with pytest.raises(PluginError, match="initial learning rate"):
+        lr_schedules.ScheduleNames().find(name)

@@ -1,0 +1,53 @@
+"""What the rules make of keys that belong together: Adafactor's own rate, rates that an optimizer finds, schedules without effect."""
+
+from typing import Any
+
+import pytest
+
+from sdxl_train.config_rules import follow_relative_step, schedule_warnings
+
+OWN_RATE = {"optimizer_kwargs": {"relative_step": True}}
+
+
+def test_a_rate_of_its_own_replaces_the_schedule_and_the_warmup() -> None:
+    data, notes = follow_relative_step({**OWN_RATE, "optimizer_type": "adafactor", "learning_rate": 2e-5})
+    assert (data["lr_scheduler"], data["lr_warmup_steps"]) == ("adafactor:2e-05", 0)
+    assert [key for key, _ in notes] == ["lr_scheduler"]
+
+
+def test_what_has_no_effect_then_is_noted() -> None:
+    given = {"lr_scheduler": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2.0}, "lr_warmup_steps": 5, "learning_rate_te1": 1e-6}
+    data, notes = follow_relative_step({**OWN_RATE, **given})
+    assert data["lr_scheduler"] == "adafactor:1e-05" and data["lr_warmup_steps"] == 0 and "lr_scheduler_kwargs" not in data
+    assert {key for key, _ in notes} == {"lr_scheduler", "lr_scheduler_kwargs", "lr_warmup_steps", "learning_rate_te1"}
+
+
+def test_a_given_initial_rate_is_kept() -> None:
+    data, notes = follow_relative_step({**OWN_RATE, "lr_scheduler": "adafactor:3e-4"})
+    assert (data["lr_scheduler"], notes) == ("adafactor:3e-4", [])
+    assert follow_relative_step({**OWN_RATE, "lr_scheduler": "adafactor", "learning_rate": 1})[0]["lr_scheduler"] == "adafactor:1"
+
+
+def test_warmup_init_turns_relative_step_on() -> None:
+    data, notes = follow_relative_step({"optimizer_kwargs": {"warmup_init": True, "relative_step": False}})
+    assert data["lr_scheduler"] == "adafactor:1e-05" and "turns relative_step on" in notes[0][1]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {},
+        {"optimizer_type": "AdamW", **OWN_RATE},
+        {"optimizer_kwargs": {"relative_step": False}},
+        {"optimizer_kwargs": 3},
+        {"optimizer_type": 3, **OWN_RATE},
+        {"lr_scheduler": ["cosine"]},
+    ],
+)
+def test_other_files_are_left_as_they_are(data: dict[str, Any]) -> None:
+    assert follow_relative_step(data) == (data, [])
+
+
+def test_a_warmup_as_long_as_the_run_is_warned_about() -> None:
+    for name, warmup, warns in (("cosine", 10, True), ("cosine", 9, False), ("constant", 10, False), ("adafactor:1", 10, False)):
+        assert bool(schedule_warnings({"lr_scheduler": name, "lr_warmup_steps": warmup}, 10)) is warns
