@@ -240,13 +240,14 @@ def adafactor_rates(optimizer: Any, initial_lr: float) -> LRScheduler:
     """A schedule that only reports: `get_last_lr` has the rate of each group's last update, and `initial_lr` before the first one.
 
     Args:
-        optimizer: as transformers' Adafactor: `_get_lr(group, state)` is the rate of the parameter with that state.
+        optimizer: as transformers' Adafactor: its groups have no rate (lr is None), and `_get_lr(group, state)` is that of the parameter
+            with that state.
     Raises:
         ConfigError: the optimizer does not compute its rate.
     """
     from torch.optim.lr_scheduler import LRScheduler
 
-    if not (hasattr(optimizer, "_get_lr") and all(group.get("relative_step") for group in optimizer.param_groups)):
+    if not (hasattr(optimizer, "_get_lr") and all(group["lr"] is None for group in optimizer.param_groups)):
         raise ConfigError(f'lr_scheduler = "adafactor" needs an Adafactor with relative_step = true, got {type(optimizer).__name__}')
 
     class AdafactorRates(LRScheduler):

@@ -58,6 +58,10 @@ class NamedOptimizer:
                 arguments[name] = tuple(value)
         if "lr" in parameters and parameters["lr"].default is inspect.Parameter.empty:
             arguments["lr"] = param_groups[0]["lr"]  # the groups' own rates count
+        if "relative_step" in parameters:  # the rates of the file count, as for AdaFactor, unless the optimizer is asked to set its own
+            arguments["relative_step"] = arguments.get("relative_step", False) or arguments.get("warmup_init", False)
+            if arguments["relative_step"]:
+                param_groups = [{name: value for name, value in group.items() if name != "lr"} for group in param_groups]
         return optimizer_class(param_groups, **arguments)
 
     def library_problems(self) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from sdxl_train.config_rules import follow_relative_step, schedule_warnings
+from sdxl_train.config import load_settings
+from sdxl_train.config_rules import follow_relative_step, schedule_warnings, warnings
 
 OWN_RATE = {"optimizer_kwargs": {"relative_step": True}}
 
@@ -51,3 +52,24 @@ def test_other_files_are_left_as_they_are(data: dict[str, Any]) -> None:
 def test_a_warmup_as_long_as_the_run_is_warned_about() -> None:
     for name, warmup, warns in (("cosine", 10, True), ("cosine", 9, False), ("constant", 10, False), ("adafactor:1", 10, False)):
         assert bool(schedule_warnings({"lr_scheduler": name, "lr_warmup_steps": warmup}, 10)) is warns
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_low", "differs"),
+    [
+        ({"learning_rate": 1.0}, False, False),
+        ({"learning_rate": 0.1}, True, False),
+        ({"learning_rate": 1.0, "learning_rate_te2": 0.5}, False, False),  # not trained
+        ({"learning_rate": 1.0, "learning_rate_te2": 0.5, "train_text_encoder": True}, False, True),
+        ({"learning_rate": 1.0, "learning_rate_te1": 1e-6, "train_text_encoder": True}, True, True),
+        ({"learning_rate": 1.0, "learning_rate_te1": 0.0, "train_text_encoder": True}, False, False),  # frozen
+        ({"learning_rate": 0.0, "learning_rate_te1": 1.0, "learning_rate_te2": 1.0, "train_text_encoder": True}, False, False),
+        ({"learning_rate": 1e-5, "optimizer_type": "Lion"}, False, False),
+    ],
+)
+@pytest.mark.parametrize("name", ["Prodigy", "DAdaptation", "dadaptation.DAdaptAdam"])
+def test_rates_for_an_optimizer_that_finds_its_own(config, name: str, changes: dict[str, Any], is_low: bool, differs: bool) -> None:
+    values = {**load_settings(config(), needs=()).values, "optimizer_type": name, **changes}
+    said = list(warnings(values, set()))
+    assert any("1 is usual" in text for text in said) is is_low
+    assert any("use the first rate only" in text for text in said) is differs

@@ -7,31 +7,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Adafactor with a rate of its own, from transformers.
-OWN_RATE = """
-import sdxl_train
-from sdxl_train import hookimpl, option
-
-class Adafactor:
-    class Options(sdxl_train.Options):
-        relative_step: bool = option(False, "")
-        warmup_init: bool = option(False, "")
-
-    def __init__(self, options):
-        self._options = options
-
-    @hookimpl
-    def build_optimizer(self, param_groups):
-        from transformers.optimization import Adafactor
-        groups = [{name: value for name, value in group.items() if name != "lr"} for group in param_groups]
-        return Adafactor(groups, scale_parameter=False, **self._options.model_dump())
-"""
-
-
-@pytest.fixture
-def own_rate(tmp_path: Path) -> str:
-    (tmp_path / "own_rate.py").write_text(OWN_RATE)
-    return f"{tmp_path}/own_rate.py:Adafactor"
 
 
 def test_a_wrong_argument_is_in_the_one_report_with_its_line(cli, config, tmp_path: Path) -> None:
@@ -103,9 +78,18 @@ def test_other_optimizers_log_no_effective_rate(cli, config, tmp_path: Path, met
     assert not [tag for line in metrics(tmp_path / "out") for tag in line if tag.startswith("lr_effective")]
 
 
-def test_adafactors_own_rate_is_followed_and_logged(cli, config, tmp_path: Path, metrics, own_rate: str) -> None:
-    tables = "[optimizer_kwargs]\nrelative_step = true\nwarmup_init = true\n"
-    ended = cli(config(optimizer_type=own_rate, learning_rate=1e-4, lr_scheduler="cosine", lr_warmup_steps=9, max_train_steps=4, tables=tables))
+def test_adafactors_own_rate_is_followed_and_logged(cli, config, tmp_path: Path, metrics) -> None:
+    tables = "[optimizer_kwargs]\nwarmup_init = true\nscale_parameter = false\n"
+    ended = cli(
+        config(
+            optimizer_type="transformers.optimization.Adafactor",
+            learning_rate=1e-4,
+            lr_scheduler="cosine",
+            lr_warmup_steps=9,
+            max_train_steps=4,
+            tables=tables,
+        )
+    )
     assert ended.code == 0, ended.err
     assert 'lr_scheduler is "adafactor:0.0001"' in ended.err and "lr_warmup_steps counts as 0" in ended.err
     assert "schedule: adafactor:0.0001, warm-up 0 steps" in ended.err and "learning rate set by the optimizer" in ended.err

@@ -113,12 +113,21 @@ def test_nesterov_is_on_with_momentum_unless_given() -> None:
     first = parameters[0].detach().clone()
     parameters[0].grad = torch.ones(4)
     optimizer.step()
-    torch.testing.assert_close(parameters[0].detach(), first - 0.5 * (1 + 0.9))  # gradient + momentum * buffer, the buffer being the gradient
+    torch.testing.assert_close(
+        parameters[0].detach(), first - 0.5 * (1 + 0.9)
+    )  # gradient + momentum * buffer, the buffer being the gradient
 
 
 def test_arguments_reach_the_optimizer_and_lists_become_tuples() -> None:
     optimizer = build(plugin("Lion", betas=[0.5, 0.75], weight_decay=0.25), weights())
     assert optimizer.param_groups[0]["betas"] == (0.5, 0.75) and optimizer.param_groups[0]["weight_decay"] == 0.25
+
+
+def test_an_adafactor_of_transformers_uses_the_rates_of_the_file_unless_asked_for_its_own() -> None:
+    name = "transformers.optimization.Adafactor"
+    assert [group["lr"] for group in build(plugin(name), weights(), lr=0.5).param_groups] == [0.5, 0.5]
+    optimizer = build(plugin(name, warmup_init=True), weights())
+    assert [(group["lr"], group["relative_step"]) for group in optimizer.param_groups] == [(None, True)] * 2
 
 
 def test_groups_keep_their_rates_and_names() -> None:
