@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from sdxl_train.errors import PluginError
 from sdxl_train.plugin_keys import PluginKey
+from sdxl_train.text_display import did_you_mean
 
 OWN_DISTRIBUTION = "sdxl-train"
 RESOLVERS_GROUP = "sdxl_train.resolvers"
