@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+import logging
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 import sdxl_train
-from sdxl_train import hookimpl, option
+from sdxl_train import ConfigError, hookimpl, option
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+
+log = logging.getLogger("sdxl_train.optimizer_type")  # a child of the logger whose warnings the run shows
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 
 
 class AdamW:
-    """torch.optim.AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101): 8 bytes of state per parameter in float32."""
+    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101): 8 bytes of state per parameter in float32, 4 in bfloat16."""
 
     class Options(sdxl_train.Options):
         betas: tuple[Decay, Decay] = option(
@@ -30,26 +33,55 @@ class AdamW:
             1e-2, "share of each weight, times the learning rate, removed at each step; 0 turns it off", zh="权重衰减；0 为关闭", ge=0
         )
         amsgrad: bool = option(
-            False, "divide by the largest running mean of squares so far (AMSGrad); 4 more bytes per parameter", zh="使用 AMSGrad 变体"
+            False, "divide by the largest running mean of squares so far (AMSGrad); half as much state again", zh="使用 AMSGrad 变体"
         )
         maximize: bool = option(False, "climb the loss instead of descending it; false is training", zh="最大化目标而非最小化")
+        stochastic_rounding: bool = option(
+            True,
+            "round bfloat16 weights (full_bf16) up or down at random so that small updates are not lost; false rounds to nearest; "
+            "no effect on float32 weights",
+            zh="对 bfloat16 权重（full_bf16）使用随机舍入，避免丢失小的更新；false 为就近舍入；对 float32 权重无影响",
+        )
+        state_dtype: Literal["float32", "bfloat16"] | None = option(
+            None,
+            "number format of the running means; absent: bfloat16 for bfloat16 weights that are rounded stochastically, else float32",
+            zh="滑动平均的数值格式；缺省：随机舍入的 bfloat16 权重用 bfloat16，其余用 float32",
+        )
         foreach: bool | None = option(
             None,
-            "update all parameters of a group at once: faster, more memory; absent: as torch chooses",
-            zh="成组更新参数，以显存换速度；缺省由 torch 决定",
+            "torch.optim.AdamW does the update, for all parameters at once (true) or one by one (false); absent: by stacks of equal shapes",
+            zh="由 torch.optim.AdamW 更新：true 为一次更新全部参数，false 为逐个更新；缺省按形状分组更新",
         )
         capturable: bool = option(
-            False, "keep the step counters on the device, for CUDA graphs; false is the usual", zh="允许在 CUDA graph 中捕获"
+            False,
+            "torch.optim.AdamW does the update, fit for CUDA graphs; false is the usual",
+            zh="由 torch.optim.AdamW 更新，允许在 CUDA graph 中捕获",
         )
-        differentiable: bool = option(False, "let autograd see the update; false is the usual", zh="允许对更新步骤求导")
+        differentiable: bool = option(
+            False,
+            "torch.optim.AdamW does the update, and autograd sees it; false is the usual",
+            zh="由 torch.optim.AdamW 更新，允许对更新步骤求导",
+        )
         fused: bool | None = option(
-            None, "one kernel for the whole update; absent: as torch chooses", zh="使用融合核更新；缺省由 torch 决定"
+            None,
+            "torch.optim.AdamW does the update, in one kernel (true) or not (false); absent: by stacks of equal shapes",
+            zh="由 torch.optim.AdamW 更新：true 使用融合核；缺省按形状分组更新",
         )
+
+        @property
+        def of_torch(self) -> dict[str, Any]:
+            """The options that only torch.optim.AdamW has, where they are set."""
+            given = {"foreach": self.foreach, "capturable": self.capturable, "differentiable": self.differentiable, "fused": self.fused}
+            return {name: value for name, value in given.items() if value is not None and (value or name in ("foreach", "fused"))}
 
         @model_validator(mode="after")
         def _has_one_way_to_update(self) -> AdamW.Options:
             if self.fused and (self.foreach or self.differentiable):
                 raise ValueError("fused excludes foreach and differentiable; set one of them to true")
+            if self.of_torch and self.state_dtype is not None:
+                raise ValueError(f"state_dtype excludes {' and '.join(self.of_torch)}: torch's AdamW keeps state as it keeps the weights")
+            if self.state_dtype == "bfloat16" and not self.stochastic_rounding:
+                raise ValueError('state_dtype = "bfloat16" needs stochastic_rounding: rounded to nearest, running means come to a halt')
             return self
 
     def __init__(self, options: Options) -> None:
@@ -59,23 +91,41 @@ class AdamW:
     def build_optimizer(self, param_groups: list[dict[str, Any]]) -> Optimizer:
         import torch
 
-        return torch.optim.AdamW(param_groups, **self._options.model_dump())
+        from sdxl_train_plugins.adamw import StackedAdamW
+
+        options = self._options
+        shared = options.model_dump(include={"betas", "eps", "weight_decay", "amsgrad", "maximize"})
+        if options.of_torch:
+            dtypes = {weights.dtype for group in param_groups for weights in group["params"]}
+            if options.stochastic_rounding and torch.bfloat16 in dtypes:
+                raise ConfigError(
+                    f"optimizer_kwargs.{next(iter(options.of_torch))} is set, so torch.optim.AdamW does the update, which rounds bfloat16 "
+                    "weights to nearest; leave it out, or set optimizer_kwargs.stochastic_rounding = false"
+                )
+            return torch.optim.AdamW(param_groups, **shared, **options.of_torch)
+        dtype = getattr(torch, options.state_dtype) if options.state_dtype else None
+        return StackedAdamW(param_groups, **shared, state_dtype=dtype, stochastic_rounding=options.stochastic_rounding)
 
 
 class AdaFactor:
-    """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) as in transformers: the state of a matrix is one row and one column."""
+    """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) as in transformers: the state of a matrix is one row and one column.
+
+    Convolution kernels are factored as matrices too, [out, in * height * width].
+    """
 
     class Options(sdxl_train.Options):
         relative_step: bool = option(
             False,
-            "let the optimizer set its own rate from the step; false uses the learning rates of the file",
-            zh="由优化器自行决定学习率",
+            "let the optimizer set its own rate from the step, at most 0.01; false uses the learning rates of the file",
+            zh="由优化器自行决定学习率，至多 0.01；false 使用配置中的学习率",
         )
         scale_parameter: bool = option(
             False, "multiply the rate of each tensor by the tensor's root mean square; false turns it off", zh="按参数的均方根缩放学习率"
         )
         warmup_init: bool = option(
-            False, "begin with a low rate that rises with the step; needs relative_step", zh="相对步长从低学习率开始"
+            False,
+            "begin with a rate of 1e-6 that rises by as much at each step; sets relative_step to true",
+            zh="学习率从 1e-6 开始逐步上升；会将 relative_step 设为 true",
         )
         eps: tuple[NonNegative, NonNegative] = option(
             (1e-30, 1e-3),
@@ -97,18 +147,31 @@ class AdaFactor:
             0.0, "share of each weight, times the learning rate, removed at each step; 0 turns it off", zh="权重衰减；0 为关闭", ge=0
         )
 
-        @field_validator("relative_step", "warmup_init")
-        @classmethod
-        def _is_built_by_this_version(cls, is_on: bool) -> bool:
-            if is_on:
-                raise ValueError("this version builds no Adafactor that sets its own rate; leave it false and set learning_rate")
-            return is_on
+        stochastic_rounding: bool = option(
+            True,
+            "round bfloat16 weights (full_bf16) up or down at random so that small updates are not lost; false rounds to nearest; "
+            "no effect on float32 weights",
+            zh="对 bfloat16 权重（full_bf16）使用随机舍入，避免丢失小的更新；false 为就近舍入；对 float32 权重无影响",
+        )
+
+        _is_forced: bool = PrivateAttr(False)  # relative_step is on because warmup_init is
+
+        @model_validator(mode="after")
+        def _warmup_needs_its_own_rate(self) -> AdaFactor.Options:
+            if self.warmup_init and not self.relative_step:
+                object.__setattr__(self, "relative_step", True)  # the options are frozen from here on
+                self._is_forced = True
+            return self
 
     def __init__(self, options: Options) -> None:
         self._options = options
 
     @hookimpl
     def build_optimizer(self, param_groups: list[dict[str, Any]]) -> Optimizer:
-        from transformers.optimization import Adafactor
+        from sdxl_train_plugins.adafactor import StackedAdafactor
 
-        return Adafactor(param_groups, **self._options.model_dump())
+        if self._options._is_forced:
+            log.warning("optimizer_kwargs.warmup_init = true: the optimizer sets its own rate (relative_step = true)")
+        if self._options.relative_step:
+            param_groups = [{name: value for name, value in group.items() if name != "lr"} for group in param_groups]
+        return StackedAdafactor(param_groups, **self._options.model_dump())

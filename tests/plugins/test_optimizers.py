@@ -7,6 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from sdxl_train import ConfigError
 from sdxl_train_plugins.optimizers import AdaFactor, AdamW
 
 
@@ -35,26 +36,30 @@ def test_adamw_decays_and_takes_one_normalised_step() -> None:
     torch.testing.assert_close(second, torch.tensor([[1.0 * 0.975 - 0.05, -2.0 * 0.975 + 0.05]]))
 
 
-def test_adamws_options_reach_torch() -> None:
-    options = AdamW.Options(betas=(0.8, 0.9), eps=1e-6, weight_decay=0.0, amsgrad=True, foreach=False)
-    group = AdamW(options).build_optimizer(groups([[1.0]])).param_groups[0]
-    assert {key: group[key] for key in ("betas", "eps", "weight_decay", "amsgrad", "foreach", "fused")} == {
-        "betas": (0.8, 0.9),
-        "eps": 1e-6,
-        "weight_decay": 0.0,
-        "amsgrad": True,
-        "foreach": False,
-        "fused": None,
-    }
+def test_adamws_options_reach_it() -> None:
+    given = {"betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.0, "amsgrad": True, "maximize": True, "state_dtype": "bfloat16"}
+    group = AdamW(AdamW.Options(**given)).build_optimizer(groups([[1.0]])).param_groups[0]
+    assert {name: group[name] for name in given} == {**given, "state_dtype": torch.bfloat16}
 
 
-def test_adamws_options_are_all_arguments_of_torch() -> None:
+@pytest.mark.parametrize("given", [{"foreach": True}, {"foreach": False}, {"capturable": True}, {"differentiable": True}, {"fused": False}])
+def test_options_that_only_torch_has_hand_the_update_to_torch(given: dict[str, bool]) -> None:
+    optimizer = AdamW(AdamW.Options(eps=1e-6, **given)).build_optimizer(groups([[1.0]]))
+    (name, value), group = next(iter(given.items())), optimizer.param_groups[0]
+    assert type(optimizer) is torch.optim.AdamW and group[name] is value and group["eps"] == 1e-6
+    half = [{"params": [torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))], "lr": 0.1}]
+    with pytest.raises(ConfigError, match=f"{name}.*stochastic_rounding = false"):
+        AdamW(AdamW.Options(**given)).build_optimizer(half)
+    assert type(AdamW(AdamW.Options(stochastic_rounding=False, **given)).build_optimizer(half)) is torch.optim.AdamW
+
+
+def test_adamw_takes_all_arguments_of_torch_with_its_defaults() -> None:
     import inspect
 
     torchs = inspect.signature(torch.optim.AdamW).parameters
-    assert set(AdamW.Options.model_fields) == set(torchs) - {"params", "lr"}
-    defaults = {name: torchs[name].default for name in AdamW.Options.model_fields}
-    assert AdamW.Options().model_dump() == defaults
+    assert set(AdamW.Options.model_fields) == set(torchs) - {"params", "lr"} | {"stochastic_rounding", "state_dtype"}
+    defaults = AdamW.Options().model_dump(exclude={"stochastic_rounding", "state_dtype"})
+    assert defaults == {name: torchs[name].default for name in defaults}
 
 
 def test_adafactor_takes_the_published_first_step() -> None:
@@ -91,10 +96,18 @@ def test_adafactors_first_moment_is_absent_unless_asked_for() -> None:
         assert ("exp_avg" in optimizer.state[optimizer.param_groups[0]["params"][0]]) is has_moment
 
 
-@pytest.mark.parametrize("name", ["relative_step", "warmup_init"])
-def test_adafactors_own_rate_is_refused(name: str) -> None:
-    with pytest.raises(ValidationError, match="learning_rate"):
-        AdaFactor.Options(**{name: True})
+def test_relative_step_drops_the_rates_of_the_groups() -> None:
+    optimizer = AdaFactor(AdaFactor.Options(relative_step=True)).build_optimizer(groups([[1.0]], [[2.0]]))
+    assert [(group["name"], group["lr"]) for group in optimizer.param_groups] == [("unet", None), ("text_encoder1", None)]
+
+
+@pytest.mark.parametrize(("given", "is_noted"), [({}, True), ({"relative_step": False}, True), ({"relative_step": True}, False)])
+def test_warmup_init_forces_relative_step_and_says_so(given: dict, is_noted: bool, caplog: pytest.LogCaptureFixture) -> None:
+    options = AdaFactor.Options(warmup_init=True, **given)
+    assert options.relative_step and options.model_dump()["relative_step"]
+    (weights,) = update(AdaFactor(options).build_optimizer(groups([[1.0]])), [[1.0]])
+    torch.testing.assert_close(weights, torch.tensor([[1.0 - 1e-6]]), rtol=0, atol=1e-7)
+    assert ("relative_step = true" in caplog.text) is is_noted
 
 
 @pytest.mark.parametrize(
@@ -104,6 +117,9 @@ def test_adafactors_own_rate_is_refused(name: str) -> None:
         (AdamW.Options, {"betas": (0.9, 1.0)}),
         (AdamW.Options, {"weight_decay": -1.0}),
         (AdamW.Options, {"fused": True, "foreach": True}),
+        (AdamW.Options, {"fused": True, "state_dtype": "float32"}),
+        (AdamW.Options, {"state_dtype": "bfloat16", "stochastic_rounding": False}),
+        (AdamW.Options, {"state_dtype": "float16"}),
         (AdaFactor.Options, {"clip_threshold": 0.0}),
         (AdaFactor.Options, {"decay_rate": 0.5}),
         (AdaFactor.Options, {"momentum": 0.9}),
