@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from sdxl_train.model.weight_file import dtype_name, torch_dtype
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def packed(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
-    """A value that JSON can hold. Dicts (of any plain keys), lists, tuples, tensors, numbers, strings, bytes, bool and None are taken.
+    """A value that JSON can hold. Taken are dicts (of any plain keys), lists, tuples, tensors, numbers, strings, bytes, bool, None and dtypes.
 
     Args:
         tensors: gets the tensors, under names that begin with `name`.
@@ -32,6 +34,8 @@ def packed(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
         return {kind: [packed(one, tensors, f"{name}/{i}") for i, one in enumerate(value)]}
     if isinstance(value, bytes):
         return {"bytes": value.hex()}
+    if isinstance(value, torch.dtype):
+        return {"dtype": dtype_name(value)}
     raise TypeError(f"{name}: a state may hold tensors, numbers, strings, bytes, lists, tuples and dicts, not {type(value).__name__}")
 
 
@@ -50,5 +54,7 @@ def unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return {unpacked(key, tensors): unpacked(one, tensors) for key, one in content}
     if kind == "bytes":
         return bytes.fromhex(content)
+    if kind == "dtype":
+        return torch_dtype(content)
     sequence = [unpacked(one, tensors) for one in content]
     return {"list": list, "tuple": tuple}[kind](sequence)

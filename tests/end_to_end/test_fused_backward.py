@@ -1,0 +1,74 @@
+"""Updates inside the backward pass, and the norm they exclude, seen in the saved files of real runs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+UNET = "model.diffusion_model."
+
+
+@pytest.fixture
+def trained(cli, config, tmp_path: Path, tiny_base: Path):
+    """Trains with these keys; the names of the tensors that changed, and the saved file's tensors."""
+
+    def training(out: str = "out", tables: str = "", **keys):
+        ended = cli(config(f"{out}.toml", tables, output_dir=str(tmp_path / out), **{"num_train_epochs": 1, **keys}))
+        assert ended.code == 0, ended.err
+        after = load_file(next((tmp_path / out / "models").iterdir()))
+        before = load_file(tiny_base)
+        return {name for name in after if not torch.equal(after[name], before[name].to(after[name].dtype))}, after, ended
+
+    return training
+
+
+def test_a_frozen_block_takes_no_part_in_the_gradient_norm(trained) -> None:
+    # With everything frozen but the last block, clipping to a norm below that block's own gives the same step as without the other blocks.
+    only_last = [0.0] * 22 + [1e-3]
+    _, alone, _ = trained("alone", block_lr=only_last, max_grad_norm=1e-4, optimizer_type="SGD", max_train_steps=1)
+    _, small, _ = trained("small", block_lr=[1e-12] * 22 + [1e-3], max_grad_norm=1e-4, optimizer_type="SGD", max_train_steps=1)
+    name = UNET + "out.2.weight"
+    assert not torch.equal(alone[name], small[name])
+
+
+
+@pytest.mark.parametrize("optimizer", ["AdaFactor", "AdamW"])
+@pytest.mark.parametrize("full", [False, True])
+def test_fused_backward_gives_the_same_weights(trained, optimizer, full) -> None:
+    keys = {"optimizer_type": optimizer, "train_text_encoder": True, "gradient_checkpointing": True, "save_precision": "keep"}
+    keys |= {"full_bf16": True, "mixed_precision": "bf16"} if full else {}
+    changed, plain, _ = trained("plain", **keys)
+    _, fused, ended = trained("fused", **keys, fused_backward=True)
+    assert "fused backward" in ended.err and changed
+    assert [name for name in plain if not torch.equal(plain[name], fused[name])] == []
+
+
+def test_fused_backward_drops_a_step_whose_loss_is_not_finite(trained, metrics, tmp_path: Path) -> None:
+    plugin = tmp_path / "nan_once.py"
+    plugin.write_text(
+        "calls = []\n"
+        "def loss(model_pred, target, **kwargs):\n"
+        "    calls.append(1)\n"
+        "    losses = (model_pred - target).square().flatten(1).mean(1)\n"
+        "    return losses * float('nan') if len(calls) % 3 == 2 else losses\n"
+    )
+    runs = {}
+    for name, fused in (("plain", False), ("fused", True)):
+        _, runs[name], ended = trained(name, loss_type=f"{plugin}:loss", fused_backward=fused)
+        assert "not finite" in ended.err
+        assert sum("loss/step" not in line for line in metrics(tmp_path / name)) == 1
+    assert [key for key in runs["plain"] if not torch.equal(runs["plain"][key], runs["fused"][key])] == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps"),
+        ({"max_grad_norm": 1.0}, "max_grad_norm"),
+        ({"optimizer_type": "SGD"}, "SGD"),
+    ],
+)
+def test_fused_backward_refuses_what_it_cannot_do_and_names_it(cli, config, keys, said) -> None:
+    ended = cli(config(fused_backward=True, **keys))
+    assert ended.code == 2 and "fused_backward" in ended.err and said in ended.err
