@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def packed(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
-    """A value that JSON can hold. Taken are dicts (of any plain keys), lists, tuples, tensors, numbers, strings, bytes, bool, None and dtypes.
+    """A value that JSON can hold. Taken: dicts (of any plain keys), lists, tuples, tensors, numbers, strings, bytes, bool, None, dtypes.
 
     Args:
         tensors: gets the tensors, under names that begin with `name`.
