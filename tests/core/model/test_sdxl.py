@@ -1,4 +1,4 @@
-"""Size conditions, prediction, latents, attention."""
+"""Size conditions, prediction, latents."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-from sdxl_train.errors import ConfigError
-from sdxl_train.model.attention import set_attention
 from sdxl_train.model.sdxl import LATENT_SCALE, decode_latents, encode_latents, make_add_time_ids, nonfinite_samples, predict
 from sdxl_train.model.single_file import Checkpoint, load_unet, load_vae
 
@@ -109,21 +106,3 @@ def test_samples_that_are_not_finite_are_reported_and_not_repaired(tiny: Checkpo
     assert nonfinite_samples(latents) == [1] and latents[1].isnan().any()
     latents[2, 0, 0, 0] = float("inf")
     assert nonfinite_samples(latents) == [1, 2]
-
-
-@torch.no_grad()
-def test_attention_backends_agree_and_reach_every_layer(tiny: Checkpoint) -> None:
-    unet, vae = load_unet(tiny, torch.float32), load_vae(tiny, torch.float32)
-    predictions = []
-    for backend, processor in (("sdpa", AttnProcessor2_0), ("plain", AttnProcessor)):
-        set_attention(unet, vae, backend)
-        active = [*unet.attn_processors.values(), *vae.attn_processors.values()]
-        assert len(active) > 10 and {type(one) for one in active} == {processor}
-        predictions.append((predict(unet, *inputs()), encode_latents(vae, torch.ones(1, 3, 32, 32), None)))
-    for one, other in zip(*predictions, strict=True):
-        assert torch.allclose(one, other, atol=1e-4)
-
-
-def test_another_attention_backend_is_an_error(unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
-    with pytest.raises(ConfigError, match="'flash9'"):
-        set_attention(unet, vae, "flash9")
