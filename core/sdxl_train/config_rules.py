@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_train.learning_rates import block_rates
+from sdxl_train.model.attention import active_backend, backend_problem
 
 Values = Mapping[str, Any]
 Rule = tuple[tuple[str, ...], str]
@@ -21,7 +22,7 @@ def broken_rules(values: Values, bad: set[str], needs: set[str]) -> Iterator[Rul
         values: every effective key.
         needs: what the command works with: "data", "training", "samples".
     """
-    for rule in (_precision, _steps, _fused, _schedule, _sampling, _inputs):
+    for rule in (_precision, _attention, _steps, _fused, _schedule, _sampling, _inputs):
         yield from (found for found in rule(values, needs) if not bad & set(found[0]))
 
 
@@ -44,6 +45,11 @@ def _precision(values: Values, _: set[str]) -> Iterator[Rule]:
             yield (key, "mixed_precision"), f'{key} = true needs mixed_precision = "{precision}", got "{values["mixed_precision"]}"'
     if values["cpu"] and (values["mixed_precision"] == "fp16" or values["full_fp16"]):
         yield ("cpu", "mixed_precision"), 'cpu = true cannot run mixed_precision = "fp16"; use "bf16" or "no"'
+
+
+def _attention(values: Values, needs: set[str]) -> Iterator[Rule]:
+    if needs & {"training", "cache", "samples"} and (problem := backend_problem(values)) is not None:
+        yield (active_backend(values), "cpu"), problem
 
 
 def _steps(values: Values, needs: set[str]) -> Iterator[Rule]:

@@ -80,6 +80,13 @@ def test_a_top_level_key_inside_a_table_says_where_it_belongs(load) -> None:
     assert "top-level key" in problem
 
 
+def test_attention_by_a_package_that_is_missing_is_an_error_that_names_sdpa(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    for key in ("xformers", "diffusers_xformers"):
+        found = [line for line in problems(load, f"{key} = true") if "not installed" in line]
+        assert len(found) == 1 and "sdxl.toml:4: " in found[0] and f"use sdpa = true without {key}" in found[0]
+
+
 @pytest.mark.parametrize(
     ("line", "found"),
     [

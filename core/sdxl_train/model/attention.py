@@ -38,7 +38,7 @@ def backend_problem(values: Mapping[str, Any]) -> str | None:
     if backend not in _OF_XFORMERS:
         return None
     if importlib.util.find_spec("xformers") is None:
-        return _unusable(backend, "the package xformers is not installed (pip install xformers)")
+        return _unusable(backend, "the package xformers is not installed")
     if values["cpu"]:
         return _unusable(backend, "xformers computes on GPUs only, and cpu = true")
     return None
