@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from sdxl_train import not_built
 from sdxl_train.config import Settings
+from sdxl_train.model.attention import active_backend
 from sdxl_train.plugin_discovery import OWN_DISTRIBUTION
 from sdxl_train.plugins import Loaded
 from sdxl_train.run import Run
@@ -28,8 +28,9 @@ def banner(run: Run, settings: Settings) -> str:
         + (f"{keys.num_train_epochs} epochs x {run.steps_per_epoch} steps" if by_epochs == run.num_train_steps else "max_train_steps"),
         f"effective batch: {keys.batch_size * accumulation} = {keys.batch_size} batch_size x {accumulation} accumulation x 1 process",
         f"trained: {trained}; prediction_type {keys.prediction_type}" + (", zero terminal SNR" if keys.zero_terminal_snr else ""),
-        f"precision: {_precision(run)}; attention: {'sdpa' if keys.sdpa else 'plain'}; device: {run.device}"
-        + "".join(f"; {name.replace('_', ' ')}" for name in ("gradient_checkpointing", "fused_backward", "compile") if values[name]),
+        f"precision: {_precision(run)}; attention: {active_backend(values)}; device: {run.device}"
+        + "".join(f"; {name.replace('_', ' ')}" for name in ("gradient_checkpointing", "fused_backward", "compile") if values[name])
+        + ("; channels last" if run.device.type == "cuda" else ""),
         f"optimizer: {_named(run, 'optimizer_type')}; schedule: {_named(run, 'lr_scheduler')}, warm-up {keys.lr_warmup_steps} steps",
         f"timesteps: {_named(run, 'timestep_sampler_type')} in [{keys.min_timestep}, {keys.max_timestep})",
         f"loss: {_named(run, 'loss_type')}",
@@ -40,9 +41,6 @@ def banner(run: Run, settings: Settings) -> str:
     if run.parts.samples:
         pictures = sum(entry.num_pictures for entry in run.parts.samples)
         lines.append(f"samples: {pictures} pictures of {values['sample_benchmark']} with {values['sample_sampler']}")
-    off = not_built.counted_as_off(values)
-    if off:
-        lines.append(f"not built yet in this version, counted as off: {', '.join(off)}")
     return "\n".join(lines)
 
 

@@ -19,7 +19,10 @@ from sdxl_train.errors import ConfigError
 from sdxl_train.keys import Config
 from sdxl_train.loss_recorder import LossRecorder
 from sdxl_train.metrics import EpochLoss, MetricsReader, Speed
-from sdxl_train.model.attention import set_attention
+from sdxl_train.model.attention import active_backend, check_backend, set_attention, set_text_attention
+from sdxl_train.model.checkpointing import checkpoint_activations
+from sdxl_train.model.compiling import compile_regions
+from sdxl_train.model.memory_format import to_channels_last
 from sdxl_train.model.single_file import Checkpoint, load_vae, open_checkpoint, vae_encoder_digest
 from sdxl_train.model.text import check_clip_skip
 from sdxl_train.model.tokenizer import load_tokenizers
@@ -56,7 +59,7 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
 
     vae = load_vae_in_use(base, keys, device)
     networks = load_networks(base, keys)
-    set_attention(networks.unet, vae.module, "sdpa" if keys.sdpa else "plain")
+    set_attention(networks.unet, vae.module, active_backend(settings.values))
     latents = _latents(dataset, vae, keys)
     _to_device(networks, device, keys)
 
@@ -124,8 +127,15 @@ def _to_device(networks: Networks, device: torch.device, keys: Config) -> None:
     """Bring the networks where they train. Parameters stay the same objects, or the optimizer would have others."""
     for network in networks.parts.values():
         network.to(device)
+    if device.type == "cuda":
+        to_channels_last(networks.unet)
+    for encoder in networks.text_encoders:
+        set_text_attention(encoder, active_backend(dict(keys)))
     if keys.gradient_checkpointing:
-        networks.unet.enable_gradient_checkpointing()
+        trained = [encoder for encoder in networks.text_encoders if any(weight.requires_grad for weight in encoder.parameters())]
+        checkpoint_activations(networks.unet, trained)
+    if keys.compile:
+        compile_regions(networks.unet)
 
 
 def pick_device(keys: Config) -> torch.device:
@@ -143,9 +153,15 @@ def pick_device(keys: Config) -> torch.device:
 
 
 def load_vae_in_use(base: Checkpoint, keys: Config, device: torch.device) -> VaeInUse:
-    """The VAE of the base or of the key `vae`, on its device, in the dtype it runs in."""
-    dtype = torch.float32 if keys.no_half_vae else COMPUTE_DTYPES[keys.mixed_precision]
+    """The VAE of the base or of the key `vae`, on its device, in the dtype it runs in, with the attention of the file.
+
+    Raises:
+        ConfigError: the attention cannot be computed here.
+    """
+    dtype, backend = torch.float32 if keys.no_half_vae else COMPUTE_DTYPES[keys.mixed_precision], active_backend(dict(keys))
+    check_backend(backend, device, COMPUTE_DTYPES[keys.mixed_precision], dtype)
     vae = load_vae(base, dtype).to(device)  # pyright: ignore[reportArgumentType]
+    set_attention(None, vae, backend)
     vae.requires_grad_(False).eval()
     return VaeInUse(vae, device, vae_encoder_digest(base), str(dtype).removeprefix("torch."))
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sdxl_train import not_built
 from sdxl_train.base_marks import contradicted_marks
 from sdxl_train.check_files import SavePlan, equal_files, latent_bytes, planned_saves, space_warnings
 from sdxl_train.config import Settings, read_settings
@@ -99,7 +98,6 @@ class Plan:
         tokens: texts longer than `max_token_length`.
         caches: None also without `cache_latents`.
         duplicates: paths of pictures that are trained and have equal bytes, in groups.
-        not_built: keys whose default this version does not follow yet.
     """
 
     images: int | None = None
@@ -124,7 +122,6 @@ class Plan:
     caches: CachePlan | None = None
     saves: SavePlan | None = None
     duplicates: list[list[str]] | None = None
-    not_built: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
@@ -178,7 +175,6 @@ def make_plan(file: Path, sets: list[str] | tuple[str, ...], decode: bool, conso
     if settings is None:
         return plan
     plan.warnings += settings.warnings
-    plan.not_built = not_built.counted_as_off(settings.values)
     base = _open_base(settings, plan.problems)
     tokenizer = _open_tokenizer(settings, base, plan.problems)
     index = _read_index(settings, plan)

@@ -34,8 +34,6 @@ def as_text(plan: Plan) -> str:
     """The plan in plain lines: what is trained, what is left out, buckets, steps, texts, caches, saves, notes, warnings, problems."""
     parts = (_data, _buckets, _steps, _texts, _caches, _saves, _duplicates)
     lines = [line for part in parts for line in part(plan)] if plan.images is not None else []
-    if plan.not_built:
-        lines.append(f"not built yet in this version, counted as off: {', '.join(plan.not_built)}")
     lines += _section("warnings", plan.warnings)
     lines += _section("problems", [problem.message for problem in plan.problems])
     return printable("\n".join(lines)) + "\n" if lines else ""

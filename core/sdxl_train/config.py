@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sdxl_train import config_rules, not_built
+from sdxl_train import config_rules
 from sdxl_train.errors import ConfigError, PluginError, Problem
 from sdxl_train.keys import Config
 from sdxl_train.options import Options, flat_keys, option_aliases, resolve_aliases
@@ -376,9 +376,6 @@ class _Check:
     def _apply_rules(self, values: dict[str, Any]) -> None:
         for keys, message in config_rules.broken_rules(values, self.bad, self.needs):
             self._problem(next(((key,) for key in keys if key in self.data), (keys[0],)), message)
-        defaults = {name: field.get_default(call_default_factory=True) for name, field in Config.model_fields.items()}
-        for key, message in not_built.refusals(values, defaults):
-            self._problem((key,), message)
 
 
 def _key_path(model: type[BaseModel], error: Any) -> KeyPath:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from sdxl_train import keys, not_built
+from sdxl_train import keys
 from sdxl_train.installed_plugins import Installed
 from sdxl_train.keys import Config
 from sdxl_train.option_schemas import OptionSchemas, Schema, allowed_text, option_schemas, resolved, type_text
@@ -64,7 +64,6 @@ class Row:
         is_used: the core or a plugin of the default selection reads it.
         aliases: further spellings.
         schema: its JSON schema.
-        limit, limit_zh: what of it this version does not have yet; empty for a finished key.
     """
 
     path: tuple[str, ...]
@@ -78,8 +77,6 @@ class Row:
     owners: tuple[Installed, ...] = ()
     is_used: bool = True
     aliases: tuple[str, ...] = ()
-    limit: str = ""
-    limit_zh: str = ""
 
     @property
     def is_table_entry(self) -> bool:
@@ -134,7 +131,7 @@ def plugin_rows(plugin: Installed, schemas: OptionSchemas | None = None) -> list
 def _core_rows(name: str, section: str, schemas: OptionSchemas) -> list[Row]:
     annotation = Config.model_fields[name].annotation
     if not (inspect.isclass(annotation) and issubclass(annotation, BaseModel)):
-        return [_with_limit(_option_row(Config, name, (name,), section, schemas))]
+        return [_option_row(Config, name, (name,), section, schemas)]
     table = OptionSchemas({annotation: resolved(schemas.properties[Config][name], schemas.definitions)["properties"]}, schemas.definitions)
     return [_option_row(annotation, inner, (name, inner), section, table) for inner in annotation.model_fields]
 
@@ -196,16 +193,3 @@ def _merged(rows: Iterable[Row]) -> list[Row]:
         else:
             merged[name_free] = row
     return list(merged.values())
-
-
-def _with_limit(row: Row) -> Row:
-    name = row.path[0]
-    limits: Mapping[str, Any] = not_built.ACTS_AS
-    if name in not_built.REFUSED:
-        values = ", ".join(str(value) for value in not_built.REFUSED[name])
-        return replace(row, limit=f"{values} is not built yet and refused", limit_zh=f"尚未实现 {values}，将被拒绝")
-    if name not in limits:
-        return row
-    acts_as = "absent" if limits[name] is None else str(limits[name]).lower()
-    acts_as_zh = "视为缺省" if limits[name] is None else f"视为 {acts_as}"
-    return replace(row, limit=f"not built yet: counts as {acts_as}", limit_zh=f"尚未实现：{acts_as_zh}")

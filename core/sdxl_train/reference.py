@@ -71,10 +71,9 @@ def example_toml(built_in_only: bool = False) -> str:
 def _entry(row: Row) -> str:
     """A key with its comments. It is commented out when it has no value, or when nothing would read it."""
     allowed = f" ({row.allowed})" if row.allowed else ""
-    limit, limit_zh = (f" [{text}]" if text else "" for text in (row.limit, row.limit_zh))
-    lines = [f"# {_one_line(row.help)}{allowed}{limit}"]
+    lines = [f"# {_one_line(row.help)}{allowed}"]
     if row.zh != row.help:
-        lines.append(f"# {_one_line(row.zh)}{limit_zh}")
+        lines.append(f"# {_one_line(row.zh)}")
     if row.owners and not row.is_used:
         lines.append(f"# Only with {' or '.join(plugin.selection for plugin in row.owners)}.")
     is_live = row.is_used and row.default is not ABSENT

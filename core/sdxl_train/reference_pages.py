@@ -82,9 +82,6 @@ def _cells(row: Row, language: str) -> tuple[str, ...]:
         meaning.append(words["only"].format(" / ".join(f"`{plugin.selection}`" for plugin in row.owners)))
     if row.aliases:
         meaning.append(words["aliases"].format(", ".join(f"`{alias}`" for alias in row.aliases)))
-    limit = row.limit if language == "en" else row.limit_zh
-    if limit:
-        meaning.append(f"**{limit[0].upper()}{limit[1:]}{stop}**")
     allowed = row.allowed if not _lists_names(row) else ", ".join(f"`{name}`" for name in row.allowed.split(", "))
     return (f"`{toml_key(*row.path)}`", f"`{row.type}`", default, allowed, space.join(meaning))
 

@@ -265,13 +265,6 @@ def test_a_setting_without_effect_is_warned_about(load, lines: str, warned: str)
     assert not any(warned in warning for warning in load().warnings)
 
 
-def test_what_is_not_built_yet_is_refused_and_its_default_accepted(load) -> None:
-    (problem,) = problems(load, "xformers = true")
-    assert "xformers" in problem and "not built yet" in problem
-    load("save_train_state = true\nkeep_train_states = 1\ncache_latents_to_disk = true")
-    load("save_train_state = false\ncache_latents_to_disk = false")
-
-
 def test_relative_paths_and_a_byte_order_mark_are_accepted(load, tmp_path: Path) -> None:
     file = tmp_path / "bom.toml"
     (tmp_path / "base.safetensors").touch()
