@@ -26,7 +26,7 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key of the file; repeatable, dotted for tables.")
 ]
 
-NOT_BUILT = ("sample", "ctl")
+NOT_BUILT = ("sample",)
 
 
 @app.command()
@@ -90,6 +90,17 @@ def demo(
     from sdxl_train.demo import run_demo
 
     run_demo(directory, prepare_only)
+
+
+@app.command()
+def ctl(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The project folder of the training: what it printed as output_dir.")],
+    request: Annotated[str, typer.Argument(metavar="save|sample|stop", help="What it is to do at the end of its present step.")],
+) -> None:
+    """Ask a running training to save, to render its samples, or to end as after its last step."""
+    from sdxl_train.control import send_request
+
+    send_request(directory, request)
 
 
 @app.command()

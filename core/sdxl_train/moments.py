@@ -8,6 +8,7 @@ from datetime import datetime
 
 from torch import Tensor
 
+from sdxl_train.control import CONTROL_NAME, REQUESTS, take_requests
 from sdxl_train.hookspecs import Moment
 from sdxl_train.model.saving import NotSavedError
 from sdxl_train.run import Run
@@ -28,7 +29,7 @@ def after_step(run: Run, loss: Tensor | None, rates: Mapping[str, float | Tensor
         loss: the step's loss; None when it was dropped.
         rates: the learning rates the step used, from `current_rates`.
     Returns:
-        Whether a plugin wants to stop.
+        Whether a plugin, or a request to the running job, wants to stop.
     """
     run.step += 1
     run.parts.saves.poll(run)
@@ -38,12 +39,27 @@ def after_step(run: Run, loss: Tensor | None, rates: Mapping[str, float | Tensor
         metrics |= {"loss/step": loss, "loss_avr/step": average, "loss_ema/step": ema}
     run.parts.metrics.push(run.step, run.epoch, metrics)  # first, so that the step is logged also if a plugin raises here
     run.parts.hooks.on_step_end(run=run, metrics=metrics)
-    _save_if_wanted(run, "step")
-    _sample_if_wanted(run, "step")
-    reasons = run.parts.hooks.should_stop(run=run)
+    asked = _requests(run)
+    _save_if_wanted(run, "step", asked="save" in asked)
+    if "sample" in asked or _samples_are_wanted(run, "step"):
+        _sample(run, "step")
+    reasons = [*(run.parts.hooks.should_stop(run=run) or ()), *["asked by sdxl-train ctl"] * ("stop" in asked)]
     if reasons:
         run.stop_reason = "; ".join(reasons)
     return bool(reasons)
+
+
+def _requests(run: Run) -> list[str]:
+    """What `sdxl-train ctl` asks for now; what cannot be done is left out with a warning."""
+    asked = take_requests(run.output_dir) if run.is_main_process else []
+    for request in asked:
+        if request not in REQUESTS:
+            run.parts.console.warn(f"{run.output_dir / CONTROL_NAME}: {request!r} is no request; there are {', '.join(REQUESTS)}")
+        elif request == "sample" and not run.parts.samples:
+            run.parts.console.warn("sdxl-train ctl sample: nothing to render, since the configuration has no sample_benchmark")
+        else:
+            run.parts.console.line(f"sdxl-train ctl {request}, after step {run.step}")
+    return [request for request in asked if request in REQUESTS and (request != "sample" or run.parts.samples)]
 
 
 def after_epoch(run: Run) -> bool:
@@ -91,10 +107,10 @@ def _save_last_completed(run: Run, moment: Moment) -> None:
         _save_if_wanted(run, moment, is_last=True)
 
 
-def _save_if_wanted(run: Run, moment: Moment, is_last: bool = False) -> None:
+def _save_if_wanted(run: Run, moment: Moment, is_last: bool = False, asked: bool = False) -> None:
     """Ask the save triggers; write each step once. A failed save before the end is tried again at the next trigger."""
     keys, saves = run.parts.keys, run.parts.saves
-    reasons = run.parts.hooks.should_save(run=run, moment=moment)
+    reasons = [*(run.parts.hooks.should_save(run=run, moment=moment) or ()), *["sdxl-train ctl"] * asked]
     if not reasons or not (keys.save_model or keys.save_train_state) or not run.is_main_process:
         return
     run.parts.metrics.flush()

@@ -140,6 +140,15 @@ def locked_output_dir(path: Path, now: datetime) -> Iterator[None]:
             lock.flush()
 
 
+def is_in_use(path: Path) -> bool:
+    """Whether another process runs a training in the folder. Not to be asked by the process that does."""
+    try:
+        with open(path / LOCK_NAME, "r+", encoding="utf-8") as lock:
+            return not _lock(lock.fileno())
+    except OSError:
+        return False
+
+
 def _holder(written: str) -> str:
     try:
         held = json.loads(written)

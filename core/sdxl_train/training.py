@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from sdxl_train.banner import banner, summary
 from sdxl_train.config import Settings
 from sdxl_train.console import Console
+from sdxl_train.control import forget_requests
 from sdxl_train.errors import ConfigError
 from sdxl_train.output_dir import locked_output_dir, prepare_output_dir, resolve_output_dir
 from sdxl_train.resuming import changes, find_state, refuse_other_training, set_later_saves_aside
@@ -52,6 +53,7 @@ def _train(settings: Settings, console: Console, stop: StopRequest) -> None:
     with locked_output_dir(output_dir, now):
         console.line(f"output_dir: {output_dir}")
         log_dir = prepare_output_dir(output_dir, fresh=folder is None, now=now, warn=console.line)
+        forget_requests(output_dir)
         stop.writes_into = output_dir
         run = build_run(settings, output_dir, log_dir, console, stop)
         if state is not None and not _resume(run, state, now):
