@@ -126,6 +126,7 @@ class _Check:
             values.update(self._plugin_values(plugin))
         for key in PLUGIN_KEYS.values():
             values.setdefault(key.options_key, {})
+        self._apply_plugin_rules(used, values)
         self._apply_rules(values)
         plugins = self._plugins(used, config.seed)
         samples = self._samples(config)
@@ -144,9 +145,8 @@ class _Check:
 
     def _plugins(self, used: list[_Used], seed: int) -> Plugins | None:
         """Make the plugins whose options are valid, so that what is wrong with their hooks is in the same report."""
-        sound = [plugin for plugin in used if not self.bad & {plugin.key.key, plugin.key.options_key, *self._flat_of(plugin)}]
         try:
-            plugins = Plugins([Choice(plugin.key.key, plugin.name, plugin.options) for plugin in sound], seed, self.catalogue)
+            plugins = Plugins([Choice(plugin.key.key, plugin.name, plugin.options) for plugin in self._sound(used)], seed, self.catalogue)
             if self.asks_libraries:
                 self._ask_libraries(plugins)
             return plugins
@@ -161,6 +161,10 @@ class _Check:
             for name, message in getattr(plugin.instance, "library_problems", tuple)():
                 path = (key.key,) if not name else (key.options_key, *([plugin.target.name] if key.shape == "list" else []), name)
                 self._problem(path, f"{'.'.join(path)}: {message}")
+
+    def _sound(self, used: list[_Used]) -> list[_Used]:
+        """The plugins whose names and options are valid."""
+        return [plugin for plugin in used if not self.bad & {plugin.key.key, plugin.key.options_key, *self._flat_of(plugin)}]
 
     def _samples(self, config: Config) -> list[SampleEntry]:
         """The benchmark's entries; what is wrong with them joins the report."""
@@ -376,6 +380,15 @@ class _Check:
     def _apply_rules(self, values: dict[str, Any]) -> None:
         for keys, message in config_rules.broken_rules(values, self.bad, self.needs):
             self._problem(next(((key,) for key in keys if key in self.data), (keys[0],)), message)
+
+    def _apply_plugin_rules(self, used: list[_Used], values: Mapping[str, Any]) -> None:
+        """What plugins know to be wrong with their options beside the other keys; not asked where one of these has no valid value."""
+        if self.bad & set(Config.model_fields):
+            return
+        for plugin in self._sound(used):
+            problem = plugin.model.model_validate(plugin.options).problem_with_keys(values) if plugin.model else None
+            if problem:
+                self._problem(plugin.table, problem)
 
 
 def _key_path(model: type[BaseModel], error: Any) -> KeyPath:

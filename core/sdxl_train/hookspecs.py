@@ -139,14 +139,15 @@ class HookSpecs:
         raise AssertionError
 
     @hookspec(firstresult=True)
-    def compute_loss(self, model_pred: Tensor, target: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
+    def compute_loss(self, model_pred: Tensor, target: Tensor, timesteps: Tensor, batch: Batch, snr: Tensor) -> Tensor:
         """The loss of each sample. Pick: `loss_type`.
 
         Args:
             model_pred, target: [B, 4, h, w] float32; the target is noise or velocity as `prediction_type` says.
             timesteps: [B] int64.
+            snr: as in `weigh_loss`. [B] float32, >= 0.
         Returns:
-            [B] float32, attached to model_pred's graph. None is an error.
+            [B] float32, attached to model_pred's graph, finite also at snr 0. None is an error.
         """
         raise AssertionError
 

@@ -116,8 +116,8 @@ def training_loss(run: Run, batch: Batch) -> Tensor:
     with run.autocast():
         model_pred = predict(run.unet, noisy_latents, timesteps, prompt_embeds, pooled, time_ids)
 
-    loss = hooks.compute_loss(model_pred=model_pred.float(), target=target, timesteps=timesteps, batch=batch)  # [B]
     snr = schedule.snr(timesteps)
+    loss = hooks.compute_loss(model_pred=model_pred.float(), target=target, timesteps=timesteps, batch=batch, snr=snr)  # [B]
     for factors in hooks.weigh_loss(timesteps=timesteps, snr=snr, prediction_type=keys.prediction_type, batch=batch):
         loss = loss * factors
     return loss.mean()

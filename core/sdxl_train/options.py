@@ -1,5 +1,6 @@
 """How a plugin (or the core) declares what a user may set: one field, one line, in the class that uses it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,6 +13,16 @@ class Options(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    def problem_with_keys(self, keys: Mapping[str, Any]) -> str | None:
+        """What is wrong with these options beside other keys, or None. Asked once, before anything is loaded; override it to look.
+
+        Args:
+            keys: every effective key of the file, as `run.config` has them.
+        Returns:
+            A sentence that names the keys, what was found and what would do; it becomes a problem in the report.
+        """
+        return None
 
 
 def option(default: Any, help: str, *, zh: str = "", flat: bool = False, aliases: tuple[str, ...] = (), **bounds: Any) -> Any:

@@ -85,6 +85,10 @@ class StepRandom:
         """Uniform on the integers of [low, high). [B, *shape] int64."""
         return self._rows(shape, np.int64, lambda g: g.integers(low, high, shape, np.int64))
 
+    def beta(self, alpha: float, beta: float, *shape: int) -> Tensor:
+        """The beta distribution on [0, 1], alpha and beta > 0. [B, *shape] float32; near an end it may round to the end itself."""
+        return self._rows(shape, np.float32, lambda g: g.beta(alpha, beta, shape))
+
     def __len__(self) -> int:
         return len(self._places)
 

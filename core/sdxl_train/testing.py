@@ -139,12 +139,10 @@ def _timesteps(batch: Batch) -> Tensor:
     return torch.tensor([999 if key == "a" else 500 for key in batch.keys])
 
 
-def _weigh_arguments(batch: Batch) -> dict[str, Any]:
+def _snr(batch: Batch) -> Tensor:
     from sdxl_train.diffusion import NoiseSchedule
 
-    timesteps = _timesteps(batch)
-    snr = NoiseSchedule("v_prediction", zero_terminal_snr=True).snr(timesteps)
-    return {"timesteps": timesteps, "snr": snr, "prediction_type": "v_prediction", "batch": batch}
+    return NoiseSchedule("v_prediction", zero_terminal_snr=True).snr(_timesteps(batch))
 
 
 _STEP_ARGUMENTS: dict[str, Callable[[Batch], dict[str, Any]]] = {
@@ -173,8 +171,14 @@ _STEP_ARGUMENTS: dict[str, Callable[[Batch], dict[str, Any]]] = {
         "target": batch.latents,
         "timesteps": _timesteps(batch),
         "batch": batch,
+        "snr": _snr(batch),
     },
-    "weigh_loss": _weigh_arguments,
+    "weigh_loss": lambda batch: {
+        "timesteps": _timesteps(batch),
+        "snr": _snr(batch),
+        "prediction_type": "v_prediction",
+        "batch": batch,
+    },
 }
 
 

@@ -226,6 +226,22 @@ def test_two_spellings_of_one_option_are_an_error(load) -> None:
     assert "mu and mean" in problem
 
 
+def test_options_that_contradict_other_keys_are_found_with_all_other_problems(load) -> None:
+    lines = 'max_timestep = 500\nbatch_size = 0\ntimestep_sampler_type = "density"\n[timestep_sampler_kwargs]\ndensity = [0, 2]'
+    found = problems(load, lines.replace("batch_size = 0", "batch_size = 1"))
+    assert len(found) == 1 and all(part in found[0] for part in ("sdxl.toml", "density is 0", "min_timestep = 0", "max_timestep = 500"))
+    assert len(problems(load, lines.replace("batch_size = 0", 'output_name = "a/b"\nfull_bf16 = true'))) >= 2
+    assert load(lines.replace("max_timestep = 500\nbatch_size = 0", "max_timestep = 501")).values["timestep_sampler_kwargs"] == {"density": (0.0, 2.0)}
+    assert len(problems(load, lines.replace("batch_size = 0", "min_timestep = 500"))) == 1  # an empty range is one problem, not two
+
+
+def test_the_table_of_a_density_is_checked(load) -> None:
+    lines = 'timestep_sampler_type = "density"\n'
+    for table, said in (("", "density is required"), ("density = []", "at least 1"), ("density = [0, 0.0]", "above 0"), ("density = [1, -1]", "greater")):  # fmt: skip
+        (problem,) = problems(load, f"{lines}[timestep_sampler_kwargs]\n{table}")
+        assert said in problem, problem
+
+
 def test_a_plugin_named_twice_is_an_error(load) -> None:
     (problem,) = problems(load, 'loss_weightings = ["min_snr", "min_snr"]')
     assert "min_snr twice" in problem

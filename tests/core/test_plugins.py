@@ -206,7 +206,7 @@ def test_a_loss_must_be_one_attached_float32_per_sample(write, answer: str) -> N
     plugins = Plugins([Choice("loss_type", write(f"def f(model_pred, target, **kwargs): return {answer}\n")("f"))], 1)
     prediction = torch.ones(2, 4, 2, 2, requires_grad=True)
     with pytest.raises(PluginError, match="one loss per sample"):
-        plugins.hooks.compute_loss(model_pred=prediction, target=prediction, timesteps=torch.zeros(2), batch=batch())
+        plugins.hooks.compute_loss(model_pred=prediction, target=prediction, timesteps=torch.zeros(2), batch=batch(), snr=torch.ones(2))
 
 
 def test_none_is_no_factor(write) -> None:

@@ -65,7 +65,7 @@ class OtherParameters:
     @hookimpl
     def build_optimizer(self, param_groups):
         return torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1)
-'''
+"""
 
 
 @pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers hands tensors to numpy
@@ -74,7 +74,8 @@ def test_every_built_in_plugin_keeps_the_rules(key: str, name: str) -> None:
     missing = missing_packages(Catalogue().find(PLUGIN_KEYS[key], name).value)
     if missing:
         pytest.skip(missing[0])
-    required = {"piecewise_constant": {"step_rules": "1:10,0.1"}, "by_quality": {"repeats": {"best": 2}}, "drop_named_tags": {"tags": ["a"]}}
+    required = {"piecewise_constant": {"step_rules": "1:10,0.1"}, "by_quality": {"repeats": {"best": 2}}, "drop_named_tags": {"tags": ["a"]},
+                "density": {"density": [1.0, 2.0]}}  # fmt: skip
     check_plugin(key, name, **required.get(name, {}))
 
 
@@ -84,6 +85,9 @@ def test_every_built_in_plugin_keeps_the_rules(key: str, name: str) -> None:
         ("noise_strategies", "noise_offset", {"noise_offset": 0.1, "adaptive_noise_scale": 0.05}),
         ("noise_strategies", "multires_noise", {"multires_noise_iterations": 6}),
         ("noise_strategies", "ip_noise", {"ip_noise_gamma": 0.1}),
+        ("loss_type", "huber", {"huber_schedule": "exponential", "huber_c": 0.3}),
+        ("loss_type", "smooth_l1", {"huber_schedule": "constant", "huber_scale": 2.0}),
+        ("timestep_sampler_type", "beta", {"alpha": 0.5, "beta": 0.001}),
         ("loss_weightings", "debiased", {"debiased_estimation_loss": True}),
         ("loss_weightings", "scale_v_pred", {"scale_v_pred_loss_like_noise_pred": True}),
     ],

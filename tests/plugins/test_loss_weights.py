@@ -8,7 +8,6 @@ import torch
 
 from sdxl_train.diffusion import NoiseSchedule
 from sdxl_train_plugins.loss_weights import LOWEST_PLAIN_SNR, Debiased, MinSnr, ScaleVPred, VPredLike
-from sdxl_train_plugins.losses import Mse, mean_squared_error
 
 ORACLES = json.loads((Path(__file__).parents[1] / "oracles.json").read_text("utf-8"))
 EPSILON, VELOCITY = "epsilon", "v_prediction"
@@ -75,23 +74,3 @@ def test_the_lowest_snr_is_that_of_the_plain_schedule() -> None:
 )
 def test_a_weight_is_one_when_off_or_meant_for_the_other_prediction(plugin, prediction_type: str) -> None:
     assert torch.equal(plugin.weigh_loss(torch.tensor([0.0, 3.0, 1175.0]), prediction_type), torch.ones(3))
-
-
-def test_mse_is_the_mean_of_each_sample_alone() -> None:
-    model_pred = torch.zeros(2, 4, 2, 2)
-    target = torch.stack([torch.full((4, 2, 2), 2.0), torch.zeros(4, 2, 2)])
-    target[1, 0, 0, 0] = 4.0
-    assert Mse().compute_loss(model_pred, target).tolist() == [4.0, 1.0]
-
-
-def test_mse_is_computed_in_float32() -> None:
-    model_pred, target = torch.full((1, 4, 8, 8), 300.0).half(), torch.zeros(1, 4, 8, 8).half()
-    loss = mean_squared_error(model_pred, target)
-    assert loss.dtype == torch.float32
-    assert loss.item() == 90_000.0  # float16 ends at 65504
-
-
-def test_mse_keeps_the_graph() -> None:
-    model_pred = torch.ones(1, 4, 1, 1, requires_grad=True)
-    mean_squared_error(model_pred, torch.zeros(1, 4, 1, 1)).sum().backward()
-    assert model_pred.grad is not None and torch.equal(model_pred.grad, torch.full((1, 4, 1, 1), 0.5))
