@@ -107,6 +107,8 @@ def test_attention_by_a_package_that_is_missing_is_an_error_that_names_sdpa(load
         ("image_dirs = 3", "3"),
         ("noise_offset = -0.1", "-0.1"),
         ("min_timestep = 1000", "1000"),
+        ("max_timestep = 1001", "1001"),
+        ("max_timestep = 0", "0"),
         ("seed = 2024-01-01", "2024-01-01"),
         ('output_name = "a/b"', '"a/b"'),
         ("lr_scheduler = 3", "3"),
