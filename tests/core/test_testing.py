@@ -12,7 +12,7 @@ from sdxl_train.testing import check_plugin, training_project
 
 # The adafactor schedule needs an optimizer of its own kind, and so a test of its own.
 BUILT_IN = [(one.key.key, one.name) for one in installed_plugins(built_in_only=True) if (one.key.key, one.name) != ("lr_scheduler", "adafactor")]
-BREAKERS = '''
+BREAKERS = """
 import random
 
 import torch
