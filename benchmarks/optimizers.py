@@ -93,20 +93,20 @@ def measure(repeats: int, rounds: int) -> list[Line]:
     found: dict[str, list[float]] = {name: [] for name, *_ in made}
     for _ in range(rounds + 1):
         for name, _, parameters, update in made:
-            found[name].append(min(_wall_ms(parameters, update) for _ in range(repeats)))
+            found[name].append(min(_cpu_ms(parameters, update) for _ in range(repeats)))
     median = {name: statistics.median(times[1:]) for name, times in found.items()}  # the first round makes the state
     return [
-        Line("C2", name, len(parameters), median[name], "wall ms", median.get(beside), beside, _GOAL if beside else None)
+        Line("C2", name, len(parameters), median[name], "CPU ms", median.get(beside), beside, _GOAL if beside else None)
         for name, beside, parameters, _ in made
     ]
 
 
-def _wall_ms(parameters: list[Tensor], update: Callable[[list[Tensor]], None]) -> float:
+def _cpu_ms(parameters: list[Tensor], update: Callable[[list[Tensor]], None]) -> float:
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
-    start = time.perf_counter()
+    start = time.process_time()
     update(parameters)
-    return 1000 * (time.perf_counter() - start)
+    return 1000 * (time.process_time() - start)
 
 
 def main() -> None:
@@ -121,7 +121,7 @@ def main() -> None:
     if arguments.json:
         print("\n".join(json.dumps({**asdict(line), "ratio": line.ratio, "is_met": line.is_met}) for line in lines))
         return
-    print(f"| goal of | measured, {lines[0].count} tensors | wall ms | beside | ratio | goal | met |\n|---|---|---|---|---|---|---|")
+    print(f"| goal of | measured, {lines[0].count} tensors | CPU ms | beside | ratio | goal | met |\n|---|---|---|---|---|---|---|")
     for line in lines:
         ratio = "" if line.ratio is None else f"{line.ratio:.2f}"
         met = {None: "", True: "yes", False: "no"}[line.is_met]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdxl_train_plugins.shape_stacks import end_to_end, split
 from sdxl_train_plugins.stacked_optimizer import StackedOptimizer, State
 
 
@@ -33,31 +34,21 @@ def relative_rate(step: Tensor, warmup_init: bool) -> Tensor:
     return torch.minimum(rate, step * 1e-6) if warmup_init else rate.clamp(max=1e-2)
 
 
-def root_mean_square(rows: Tensor) -> Tensor:
-    """Of each row of a stack. [n, ...] -> [n], summed dimension by dimension."""
-    norm = rows
-    while norm.dim() > 1:
-        norm = torch.linalg.vector_norm(norm, dim=-1)
-    return norm / math.sqrt(rows[0].numel())
+def root_mean_square(stack: Tensor) -> Tensor:
+    """Of each row of a stack. [n, ...] -> [n]."""
+    rows = stack.view(len(stack), -1)
+    return torch.linalg.vector_norm(rows, dim=1) / math.sqrt(rows.shape[1])
 
 
-def factored_update(
-    grads: Tensor, row: Tensor, column: Tensor, eps: float, coefficients: AdafactorCoefficients
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients over the root of their running mean square, of which only the means over rows and columns are kept.
+def factored_update(grads: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Gradients over the root of their mean square, which is the product of its means over rows and columns over the mean of both.
 
     Args:
         grads: [n, R, C].
-        row, column: running means of grads ** 2 + eps over the last and over the last but one dimension. [n, R], [n, C].
-    Returns:
-        The update before clipping, and the new `row` and `column`.
+        row, column: means of the squares over the last and over the last but one dimension. [n, R], [n, C].
     """
-    squares = grads * grads + eps
-    row = row * coefficients.old_share + squares.mean(-1) * coefficients.new_share
-    column = column * coefficients.old_share + squares.mean(-2) * coefficients.new_share
-    del squares
-    update = (row / row.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1) * column.rsqrt().unsqueeze(-2)  # [n, R, C]
-    return update.mul_(grads), row, column
+    row = row / row.mean(-1, keepdim=True)
+    return (row.rsqrt_().unsqueeze(-1) * column.rsqrt().unsqueeze(-2)).mul_(grads)
 
 
 class StackedAdafactor(StackedOptimizer):
@@ -145,28 +136,63 @@ class StackedAdafactor(StackedOptimizer):
         return AdafactorCoefficients(rate, 1 - new_share, new_share)
 
     def _updated(
-        self, weights: Tensor, grads: Tensor, state: State, group: dict[str, Any], coefficients: AdafactorCoefficients
+        self,
+        weights: Tensor,
+        grads: Tensor,
+        state: State,
+        shapes: list[tuple[int, ...]],
+        group: dict[str, Any],
+        coefficients: AdafactorCoefficients,
     ) -> tuple[Tensor, State]:
-        new: State = {}
-        if "exp_avg_sq_row" in state:
-            update, new["exp_avg_sq_row"], new["exp_avg_sq_col"] = factored_update(
-                grads, state["exp_avg_sq_row"], state["exp_avg_sq_col"], group["eps"][0], coefficients
-            )
-        else:
-            squares = state["exp_avg_sq"].view(grads.shape) * coefficients.old_share
-            squares = squares + (grads * grads + group["eps"][0]) * coefficients.new_share
-            update, new["exp_avg_sq"] = squares.rsqrt() * grads, squares
-
-        one_a_row = (-1, *[1] * (weights.dim() - 1))
+        new = _mean_squares(grads, state, shapes, group["eps"][0], coefficients)
+        updates = _unclipped(grads, new, shapes)
         rate = coefficients.rate
         if group["scale_parameter"]:
-            new["RMS"] = root_mean_square(weights)  # [n]
-            rate = rate * new["RMS"].clamp(min=group["eps"][1]).view(one_a_row)
-        clip = (root_mean_square(update) / group["clip_threshold"]).clamp_(min=1.0).view(one_a_row)
-        update = update.div_(clip).mul_(rate)
+            new["RMS"] = torch.cat([root_mean_square(stack) for stack in split(weights, shapes)])
+            rate = rate * new["RMS"].clamp(min=group["eps"][1])  # [tensors]
+        clip = torch.cat([root_mean_square(update) for update in updates]).div_(group["clip_threshold"]).clamp_(min=1.0)
+        for update, factor in zip(updates, _one_a_row(rate / clip, shapes), strict=True):
+            update.mul_(factor)
+        update = end_to_end(updates)
         if group["beta1"] is not None:
-            update = state["exp_avg"].view(update.shape) * group["beta1"] + update * (1 - group["beta1"])
-            new["exp_avg"] = update
+            update = new["exp_avg"] = state["exp_avg"] * group["beta1"] + update * (1 - group["beta1"])
         if group["weight_decay"] != 0:
-            weights = weights - weights * (rate * group["weight_decay"])
+            weights = weights * _each(1 - rate * group["weight_decay"], shapes)
         return weights - update, new
+
+
+def _mean_squares(grads: Tensor, state: State, shapes: list[tuple[int, ...]], eps: float, coefficients: AdafactorCoefficients) -> State:
+    """The new running means of squares: of matrices over rows and columns, of vectors each by itself."""
+    stacks = split(grads * grads + eps, shapes)
+    means = {
+        "exp_avg_sq_row": [stack.mean(-1) for stack in stacks if stack.dim() == 3],
+        "exp_avg_sq_col": [stack.mean(-2) for stack in stacks if stack.dim() == 3],
+        "exp_avg_sq": [stack for stack in stacks if stack.dim() == 2],
+    }
+    del stacks
+    old, share = coefficients.old_share, coefficients.new_share
+    return {name: state[name] * old + end_to_end(found).mul_(share) for name, found in means.items() if found}
+
+
+def _unclipped(grads: Tensor, means: State, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    """Gradients over the roots of the running means. [n, ...] of each stack."""
+    matrices = [shape for shape in shapes if len(shape) == 3]
+    vectors = [shape for shape in shapes if len(shape) == 2]
+    rows = iter(split(means["exp_avg_sq_row"], [(n, r) for n, r, _ in matrices]) if matrices else ())
+    columns = iter(split(means["exp_avg_sq_col"], [(n, c) for n, _, c in matrices]) if matrices else ())
+    roots = iter(split(means["exp_avg_sq"].rsqrt(), vectors) if vectors else ())
+    return [
+        factored_update(stack, next(rows), next(columns)) if stack.dim() == 3 else next(roots) * stack for stack in split(grads, shapes)
+    ]
+
+
+def _one_a_row(factors: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    """One number a tensor, shaped to multiply the rows of each stack. [tensors] -> [n, 1, ...] each."""
+    return split(factors, [(shape[0], *[1] * (len(shape) - 1)) for shape in shapes])
+
+
+def _each(factors: float | Tensor, shapes: list[tuple[int, ...]]) -> float | Tensor:
+    """One number a tensor as one an element; a number for all as it is. [tensors] -> [elements]."""
+    if not isinstance(factors, Tensor) or factors.dim() == 0:
+        return factors
+    return end_to_end([rows.expand(shape).contiguous() for rows, shape in zip(_one_a_row(factors, shapes), shapes, strict=True)])

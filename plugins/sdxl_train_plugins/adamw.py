@@ -117,20 +117,20 @@ class StackedAdamW(StackedOptimizer):
         return AdamWCoefficients(1 - lr * group["weight_decay"], lr / bias_correction(beta1, step), bias_correction(beta2, step).sqrt())
 
     def _updated(
-        self, weights: Tensor, grads: Tensor, state: State, group: dict[str, Any], coefficients: AdamWCoefficients
+        self,
+        weights: Tensor,
+        grads: Tensor,
+        state: State,
+        shapes: list[tuple[int, ...]],
+        group: dict[str, Any],
+        coefficients: AdamWCoefficients,
     ) -> tuple[Tensor, State]:
         if group["maximize"]:
             grads = -grads
-        means = {name: rows.view(weights.shape).float() for name, rows in state.items()}
+        exp_avg, exp_avg_sq = state["exp_avg"].float(), state["exp_avg_sq"].float()
+        maximum = state["max_exp_avg_sq"].float() if group["amsgrad"] else None
         weights, exp_avg, exp_avg_sq, maximum = adamw_update(
-            weights,
-            grads,
-            means["exp_avg"],
-            means["exp_avg_sq"],
-            means.get("max_exp_avg_sq"),
-            group["betas"],
-            group["eps"],
-            coefficients,
+            weights, grads, exp_avg, exp_avg_sq, maximum, group["betas"], group["eps"], coefficients
         )
         new = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         return weights, new if maximum is None else {**new, "max_exp_avg_sq": maximum}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +28,18 @@ def stacks_of(parameters: Sequence[Tensor], max_elements: int) -> list[list[int]
     return full
 
 
-def gathered(tensors: Sequence[Tensor]) -> Tensor:
+def end_to_end(stacks: Sequence[Tensor]) -> Tensor:
+    """All elements one after the other; a view where one contiguous tensor is all there is. [elements]."""
+    return torch.cat([stack.view(-1) for stack in stacks]) if len(stacks) > 1 else stacks[0].view(-1)
+
+
+def split(elements: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """The stacks that lie end to end, as views of these shapes."""
+    parts = elements.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def gathered(tensors: Sequence[Any]) -> Tensor:
     """[n, *shape], contiguous whatever the strides of the tensors. A view where one contiguous tensor is all there is."""
     stack = torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
     return stack.contiguous()  # torch stacks channels_last tensors in their own order

@@ -1,12 +1,13 @@
 """What AdaFactor and AdamW share: parameters of one shape are updated in one go, and the update is masked and scaled on the device.
 
 A step of SDXL's U-Net updates 1,680 tensors of 44 shapes. One after the other, the host needs longer to queue them than the device to
-compute them. Here they are stacked by shape, at most `max_stack_elements` at a time; the parameters stay where they are, and the state
-lives in the stacks. Imported by the optimizers when they are built.
+compute them. Here they are stacked by shape, and small stacks are laid end to end, at most `max_batch_elements` at a time. The parameters
+stay where they are, and the state lives in the batches. Imported by the optimizers when they are built.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -15,24 +16,65 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from sdxl_train_plugins.shape_stacks import gathered, scatter, stacks_of
+from sdxl_train_plugins.shape_stacks import end_to_end, gathered, scatter, split, stacks_of
 from sdxl_train_plugins.stochastic_rounding import keys_of_step, name_keys, next_words, random_words, rounded_to_bfloat16
 
 State = dict[str, Tensor]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Stack:
     """Parameters of one shape, dtype and device.
 
     Attributes:
+        row_shape: the shape in which the update sees one of them.
         first: the place of the first one among the stacked parameters of the group.
-        state: by name, [n, ...]; empty before the first update. `Optimizer.state` holds its rows.
+        state: by name, [n, ...], of which `Optimizer.state` holds the rows; empty before the first update.
     """
 
     parameters: list[Tensor]
+    row_shape: Sequence[int]
     first: int
     state: State = field(default_factory=dict)
+
+    @property
+    def num_elements(self) -> int:
+        return len(self.parameters) * self.parameters[0].numel()
+
+
+@dataclass(eq=False)
+class _Batch:
+    """Stacks of one dtype and device that are updated together.
+
+    Attributes:
+        state: by name, the state of the stacks end to end. [elements]; empty before the first update.
+    """
+
+    stacks: list[_Stack]
+    state: State = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The rows of a stack from `first` up to `last`."""
+
+    stack: _Stack
+    first: int
+    last: int
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return self.stack.parameters[self.first : self.last]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[n, *row shape]."""
+        return (self.last - self.first, *self.stack.row_shape)
+
+    def words(self, keys: Tensor) -> Tensor:
+        """Random bits of every element. `keys`: of the group's stacked parameters. [n, elements of one] int32."""
+        keys = keys[self.stack.first + self.first : self.stack.first + self.last]
+        return random_words(keys, self.stack.parameters[0].numel())
 
 
 @dataclass
@@ -40,14 +82,14 @@ class _Group:
     """What belongs to one of `param_groups`.
 
     Attributes:
-        stacks: together the parameters of the group.
+        batches: together the parameters of the group.
         step: steps applied so far. 0-dim float32, on the device.
         name_keys: of the stacked parameters' names; None where nothing is rounded stochastically. [n, 2] int32.
         step_keys: of the present step, likewise.
         coefficients: what the updates of the present step share, from `_coefficients`.
     """
 
-    stacks: list[_Stack]
+    batches: list[_Batch]
     step: Tensor
     name_keys: Tensor | None
     step_keys: Tensor | None = None
@@ -67,14 +109,14 @@ class StackedOptimizer(torch.optim.Optimizer):
         grad_scale: gradients are divided by it; None counts as 1. 0-dim float32. torch.amp.GradScaler takes a None only after `unscale_`.
         found_inf: where it is not 0, nothing changes; None counts as 0. 0-dim float32.
         step_key: 16 bytes that stand for seed and step; set before each step in which something is rounded stochastically.
-        max_stack_elements: of the tensors updated together.
+        max_batch_elements: of the tensors updated together. The memory of an update is some 30 bytes an element.
     """
 
     _step_supports_amp_scaling = True
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     step_key: bytes = b""
-    max_stack_elements: int = 2**24
+    max_batch_elements: int = 2**24
 
     _groups: list[_Group] | None = None  # made when first needed, and again when param_groups or state were replaced
 
@@ -92,12 +134,15 @@ class StackedOptimizer(torch.optim.Optimizer):
         """What follows from the group and the step alone. `step`: from 1; 0-dim float32."""
         raise NotImplementedError
 
-    def _updated(self, weights: Tensor, grads: Tensor, state: State, group: dict[str, Any], coefficients: Any) -> tuple[Tensor, State]:
-        """New weights and new state, both float32; changes nothing that it is given.
+    def _updated(
+        self, weights: Tensor, grads: Tensor, state: State, shapes: list[tuple[int, ...]], group: dict[str, Any], coefficients: Any
+    ) -> tuple[Tensor, State]:
+        """New weights and new state, both float32 and as they were given; changes nothing that it is given.
 
         Args:
-            weights, grads: [n, *row shape] float32.
-            state: [n, ...] each.
+            weights, grads: stacks end to end. [elements] float32.
+            state: that of the stacks, by name, likewise.
+            shapes: [n, *row shape] of each stack.
         """
         raise NotImplementedError
 
@@ -116,13 +161,13 @@ class StackedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self.begin_step()
         for i, group in enumerate(self._made_groups()):
-            for stack in group.stacks:
-                rows = [row for row, parameter in enumerate(stack.parameters) if parameter.grad is not None]
-                if len(rows) == len(stack.parameters):
-                    self._update(i, stack, 0, len(rows))
+            for batch in group.batches:
+                pieces = [piece for stack in batch.stacks for piece in _with_gradients(stack)]
+                if pieces == [_Piece(stack, 0, len(stack.parameters)) for stack in batch.stacks]:
+                    self._update(i, batch, pieces)
                 else:
-                    for row in rows:
-                        self._update(i, stack, row, row + 1)
+                    for piece in pieces:
+                        self._update(i, batch, [piece])
         return loss
 
     @torch.no_grad()
@@ -145,41 +190,41 @@ class StackedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step_parameter(self, parameter: Tensor) -> None:
         """Update one parameter from its `grad`, after `begin_step`; the memory needed is that of its update alone."""
-        group, stack, row = self._places[parameter]
-        self._update(group, stack, row, row + 1)
+        group, batch, stack, row = self._places[parameter]
+        self._update(group, batch, [_Piece(stack, row, row + 1)])
 
-    def _update(self, group_index: int, stack: _Stack, first: int, last: int) -> None:
-        """Update the rows of a stack from `first` up to `last`."""
+    def _update(self, group_index: int, batch: _Batch, pieces: list[_Piece]) -> None:
+        """Update the whole of a batch, or one piece of it."""
         group, options = self._made_groups()[group_index], self.param_groups[group_index]
-        if not stack.state:
-            self._make_state(group, options, stack)
-        is_whole = last - first == len(stack.parameters)
-        parameters = stack.parameters if is_whole else stack.parameters[first:last]
-        state = stack.state if is_whole else {name: rows[first:last] for name, rows in stack.state.items()}
-        keys = None if group.step_keys is None else group.step_keys[stack.first + first : stack.first + last]
+        if not batch.state:
+            self._make_state(group, options, batch)
+        state = batch.state
+        if len(pieces) == 1:
+            (piece,) = pieces
+            state = {name: rows[piece.first : piece.last].view(-1) for name, rows in piece.stack.state.items()}
 
-        shape = (last - first, *self._row_shape(parameters[0].shape))
-        old = gathered(parameters).view(shape)
-        grads = gathered([parameter.grad for parameter in parameters]).view(shape).float()  # pyright: ignore[reportArgumentType]
+        old = end_to_end([gathered(piece.parameters) for piece in pieces])
+        grads = end_to_end([gathered([parameter.grad for parameter in piece.parameters]) for piece in pieces]).float()
         if self.grad_scale is not None:
             grads = grads / self.grad_scale
-        weights, new_state = self._updated(old.float(), grads, state, options, group.coefficients)
+        shapes = [piece.shape for piece in pieces]
+        weights, new_state = self._updated(old.float(), grads, state, shapes, options, group.coefficients)
         del grads
 
-        words = None
-        if keys is not None:
-            words = random_words(keys, old[0].numel())
+        words = None if group.step_keys is None else end_to_end([piece.words(group.step_keys) for piece in pieces])
         weights = _rounded(weights, old.dtype, words)
-        scatter(weights if self._skip is None else torch.where(self._skip, old, weights), parameters)
-        del old, weights
+        if self._skip is not None:
+            weights = torch.where(self._skip, old, weights)
+        del old
+        for piece, new in zip(pieces, split(weights, shapes), strict=True):
+            scatter(new, piece.parameters)
         for name, new in new_state.items():
-            rows = state[name]
             words = None if words is None else next_words(words)
-            new = _rounded(new, rows.dtype, words).view(rows.shape)
+            new = _rounded(new, state[name].dtype, words)
             if self._skip is None:
-                rows.copy_(new)
+                state[name].copy_(new)
             else:
-                torch.where(self._skip, rows, new, out=rows)
+                torch.where(self._skip, state[name], new, out=state[name])
 
     # ---- State ------------------------------------------------------------------------------------------------------------------
 
@@ -211,23 +256,29 @@ class StackedOptimizer(torch.optim.Optimizer):
         """The stacks of all groups. State that is in `self.state` is copied into them."""
         if self._groups is not None:
             return self._groups
-        self._places: dict[Tensor, tuple[int, _Stack, int]] = {}
+        self._places: dict[Tensor, tuple[int, _Batch, _Stack, int]] = {}
         self._groups = []
         for i, options in enumerate(self.param_groups):
             parameters: list[Tensor] = options["params"]
             names = options.get("param_names") or [f"{i}.{place}" for place in range(len(parameters))]
             stacks: list[_Stack] = []
             order: list[int] = []
-            for places in stacks_of(parameters, self.max_stack_elements):
-                stacks.append(_Stack([parameters[place] for place in places], len(order)))
+            for places in stacks_of(parameters, self.max_batch_elements):
+                members = [parameters[place] for place in places]
+                stacks.append(_Stack(members, self._row_shape(members[0].shape), len(order)))
                 order += places
-                self._places |= {parameter: (i, stacks[-1], row) for row, parameter in enumerate(stacks[-1].parameters)}
+            batches = _batches_of(stacks, self.max_batch_elements)
+            self._places |= {
+                parameter: (i, batch, stack, row)
+                for batch in batches
+                for stack in batch.stacks
+                for row, parameter in enumerate(stack.parameters)
+            }
             device = parameters[0].device if parameters else torch.device("cpu")
             keys = name_keys([names[place] for place in order], device) if self._rounds(options, stacks) else None
             step = torch.zeros((), dtype=torch.float32, device=device)
-            group = _Group(stacks, step, keys)
-            self._groups.append(group)
-            self._adopt_state(group, options)
+            self._groups.append(_Group(batches, step, keys))
+            self._adopt_state(self._groups[-1], options)
         return self._groups
 
     def _rounds(self, options: dict[str, Any], stacks: list[_Stack]) -> bool:
@@ -237,42 +288,75 @@ class StackedOptimizer(torch.optim.Optimizer):
             dtypes |= {dtype for _, dtype in self._state_shapes(options, stack.parameters[0]).values()}
         return options["stochastic_rounding"] and torch.bfloat16 in dtypes
 
-    def _make_state(self, group: _Group, options: dict[str, Any], stack: _Stack) -> None:
-        """Zeros for all rows of a stack, and `self.state` of its parameters as views of them."""
-        n, device = len(stack.parameters), stack.parameters[0].device
-        shapes = self._state_shapes(options, stack.parameters[0])
-        stack.state = {name: torch.zeros(n, *shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
-        rows = {name: tensor.unbind(0) for name, tensor in stack.state.items()}
-        for row, parameter in enumerate(stack.parameters):
-            self.state[parameter] = {"step": group.step, **{name: tensors[row] for name, tensors in rows.items()}}
+    def _make_state(self, group: _Group, options: dict[str, Any], batch: _Batch) -> None:
+        """Zeros for all stacks of a batch, and `self.state` of its parameters as views of them."""
+        shapes = [self._state_shapes(options, stack.parameters[0]) for stack in batch.stacks]
+        counts = [len(stack.parameters) for stack in batch.stacks]
+        device = batch.stacks[0].parameters[0].device
+        for name in dict.fromkeys(chain.from_iterable(shapes)):
+            of_name = [(stack, n, *shape[name]) for stack, n, shape in zip(batch.stacks, counts, shapes, strict=True) if name in shape]
+            sizes = [n * math.prod(shape) for _, n, shape, _ in of_name]
+            batch.state[name] = torch.zeros(sum(sizes), dtype=of_name[0][3], device=device)
+            for (stack, n, shape, _), rows in zip(of_name, batch.state[name].split(sizes), strict=True):
+                stack.state[name] = rows.view(n, *shape)
+        for stack in batch.stacks:
+            rows = {name: tensor.unbind(0) for name, tensor in stack.state.items()}
+            for row, parameter in enumerate(stack.parameters):
+                self.state[parameter] = {"step": group.step, **{name: tensors[row] for name, tensors in rows.items()}}
 
     def _adopt_state(self, group: _Group, options: dict[str, Any]) -> None:
-        """Copy the state of a group's parameters into its stacks."""
+        """Copy the state of a group's parameters into its batches."""
         steps: dict[int, Tensor] = {}
-        for stack in group.stacks:
-            found = [self.state.get(parameter) or {} for parameter in stack.parameters]
-            if not any(found):
+        for batch in group.batches:
+            found = {parameter: self.state.get(parameter) for stack in batch.stacks for parameter in stack.parameters}
+            if not any(found.values()):
                 continue
-            self._make_state(group, options, stack)
-            for row, one in enumerate(found):
-                one = dict(one)
-                if not one:
-                    continue
-                step = one.pop("step", None)
-                shapes = {name: tuple(rows.shape[1:]) for name, rows in stack.state.items()}
-                if step is None or {name: tuple(tensor.shape) for name, tensor in one.items()} != shapes:
-                    raise ValueError(
-                        f"the state of a parameter of shape {tuple(stack.parameters[row].shape)} is "
-                        f"{ {name: tuple(tensor.shape) for name, tensor in one.items()} }; {type(self).__name__} needs step and {shapes}"
-                    )
-                steps[id(step)] = torch.as_tensor(step, dtype=torch.float32)
-                for name, tensor in one.items():
-                    stack.state[name][row].copy_(tensor)
+            self._make_state(group, options, batch)
+            for stack in batch.stacks:
+                _copy_state(stack, [found[parameter] for parameter in stack.parameters], steps, type(self).__name__)
         counts = {float(step) for step in steps.values()} if len(steps) > 1 else set()
         if len(counts) > 1:
             raise ValueError(f"the parameters of a group have made {sorted(counts)} steps; {type(self).__name__} counts one number a group")
         for step in steps.values():
             group.step.copy_(step)
+
+
+def _with_gradients(stack: _Stack) -> list[_Piece]:
+    """The rows of a stack that have gradients: all together, or one by one where some have none."""
+    rows = [row for row, parameter in enumerate(stack.parameters) if parameter.grad is not None]
+    if len(rows) == len(stack.parameters):
+        return [_Piece(stack, 0, len(rows))]
+    return [_Piece(stack, row, row + 1) for row in rows]
+
+
+def _batches_of(stacks: Sequence[_Stack], max_elements: int) -> list[_Batch]:
+    """Small stacks of one dtype and device together, up to `max_elements`."""
+    batches: list[_Batch] = []
+    open_batches: dict[tuple[torch.dtype, torch.device], tuple[_Batch, int]] = {}
+    for stack in sorted(stacks, key=lambda stack: stack.num_elements):
+        alike = (stack.parameters[0].dtype, stack.parameters[0].device)
+        batch, size = open_batches.get(alike, (None, 0))
+        if batch is None or size + stack.num_elements > max_elements:
+            batch, size = _Batch([]), 0
+            batches.append(batch)
+        batch.stacks.append(stack)
+        open_batches[alike] = (batch, size + stack.num_elements)
+    return batches
+
+
+def _copy_state(stack: _Stack, found: Sequence[State | None], steps: dict[int, Tensor], owner: str) -> None:
+    """Copy the state of the parameters of a stack into it, and collect their counts of steps, each tensor once."""
+    shapes = {name: tuple(rows.shape[1:]) for name, rows in stack.state.items()}
+    for row, one in enumerate(found):
+        if not one:
+            continue
+        given = {name: tuple(tensor.shape) for name, tensor in one.items() if name != "step"}
+        if "step" not in one or given != shapes:
+            shape = tuple(stack.parameters[row].shape)
+            raise ValueError(f"the state of a parameter of shape {shape} is {given}; {owner} needs step and {shapes}")
+        steps[id(one["step"])] = torch.as_tensor(one["step"], dtype=torch.float32)
+        for name, rows in stack.state.items():
+            rows[row].copy_(one[name])
 
 
 def _rounded(values: Tensor, dtype: torch.dtype, words: Tensor | None) -> Tensor:

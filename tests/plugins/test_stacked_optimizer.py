@@ -45,7 +45,7 @@ def test_stacks_are_row_major_whatever_the_strides() -> None:
 @every_dtype
 def test_stacks_and_single_parameters_are_updated_alike(build: Build, dtype: torch.dtype) -> None:
     first, second, third = (build(parameters(dtype)) for _ in range(3))
-    third.max_stack_elements = 150
+    third.max_batch_elements = 150
     results = run(first, range(1, 6)), run_one_by_one(second, range(1, 6)), run(third, range(1, 6))
     assert not are_equal(results[0], parameters(dtype))
     for one in (second, third):
