@@ -10,7 +10,7 @@ import os
 import stat
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from sdxl_train.errors import CheckpointError
 
@@ -52,17 +52,26 @@ def read_header(path: str) -> Header:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise CheckpointError(f"{path}: not a regular file")
-        size = os.path.getsize(path)
         with open(path, "rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-            if not 2 <= length <= size - 8:
-                raise _not_safetensors(path, start)
-            if length > MAX_HEADER_BYTES:
-                raise CheckpointError(f"{path}: its safetensors header has {length} bytes, more than the {MAX_HEADER_BYTES} that are read")
-            text = file.read(length)
+            return header_of(file, path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def header_of(file: BinaryIO, path: str) -> Header:
+    """`read_header` of a regular file that is open at its beginning.
+
+    Raises:
+        CheckpointError: as `read_header`.
+        OSError: it cannot be read.
+    """
+    size, start = os.fstat(file.fileno()).st_size, file.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+    if not 2 <= length <= size - 8:
+        raise _not_safetensors(path, start)
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path}: its safetensors header has {length} bytes, more than the {MAX_HEADER_BYTES} that are read")
+    text = file.read(length)
     if not text.startswith(b"{"):
         raise _not_safetensors(path, start)
     try:
