@@ -218,6 +218,14 @@ def test_a_later_start_opens_neither_pictures_nor_caches_before_the_first_fetch(
     assert not [path for path in of_data if path.suffix == ".txt"], "captions are known too"
 
 
+def test_a_start_right_after_caches_were_written_reads_no_captions(trained, data: Path) -> None:
+    trained()
+    with opened_files() as opened:
+        _, seen = trained()
+    assert not [path for path in opened if path.endswith(".txt") and Path(path).is_relative_to(data)]
+    assert {sample["key"]: sample["caption"] for sample in seen} == {key: f"picture {key}" for key in SIZES}
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_latents_in_memory_are_read_once_and_others_at_every_fetch(trained, data: Path, in_memory: bool) -> None:
     trained()
@@ -225,7 +233,7 @@ def test_latents_in_memory_are_read_once_and_others_at_every_fetch(trained, data
         _, seen = trained(num_train_epochs=3, keep_cached_latents_in_memory=in_memory)
     assert len(seen) == 3 * len(SIZES)
     reads = [path for path in opened if Path(path).is_relative_to(data) and path.endswith(".npz")]
-    assert len(reads) == len(SIZES) * (2 if in_memory else 3), "both orientations once, or one at each fetch"
+    assert len(reads) == len(SIZES) * (1 if in_memory else 3), "both orientations at once, or one at each fetch"
 
 
 def test_only_a_changed_picture_is_encoded_again(trained, data: Path, encodes: list[int]) -> None:
@@ -344,6 +352,30 @@ def test_without_the_validity_check_a_missing_orientation_is_still_an_error_or_m
     encodes.clear()
     _, seen = trained(check_cache_validity=False, flip_aug=True, num_train_epochs=2)
     assert len(encodes) == 10 and any(sample["flipped"] for sample in seen)
+
+
+# ---- several data for one cache ----
+
+
+def test_a_picture_under_two_keys_is_encoded_once_and_two_pictures_for_one_cache_are_refused(
+    trained, data: Path, tiny_base: Path, tmp_path: Path, encodes: list[int]
+) -> None:
+    rows = {key: {"image_path": f"{data}/square0.png", "caption": key} for key in ("first", "second")}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    keys = {"metadata_files": [str(tmp_path / "rows.json")]}
+    _, seen = trained(**keys)
+    assert encodes == [1, 1] and {sample["key"] for sample in seen} == set(rows) and set(identities(data)) == {"square0"}
+    with opened_files() as opened:
+        trained(keep_cached_latents_in_memory=False, **keys)
+    assert encodes == [1, 1] and not [path for path in opened if path.endswith("square0.png")]
+    noise(9, SIZES["square0"]).save(data / "square0.bmp")
+    rows["third"] = {"image_path": f"{data}/square0.bmp", "caption": "third"}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    message = f"{data}/square0.png and {data}/square0.bmp would share the cache {data}/square0.npz; rename one"
+    for command, more in (("check", {}), ("train", {}), ("cache", {"cache_latents": False})):
+        ended = run_command(command, write_config(tmp_path / command, tiny_base, [data], **keys, **more))
+        assert ended.code == 2 and message in ended.out + ended.err, ended.err
+    trained("in memory", cache_latents_to_disk=False, **keys)
 
 
 # ---- folders that cannot be written, and ends in between ----

@@ -48,5 +48,6 @@ def made_index(
         is_bad=np.zeros(count, bool),
         is_decoded=np.zeros(count, bool),
         caches=Caches.unknown(count),
+        shares=np.full(count, -1, np.int32),
         counter=counter or {},
     )

@@ -17,6 +17,7 @@ from sdxl_train.data.images import SourceFile
 from sdxl_train.data.index import BESIDE, Index, pair
 from sdxl_train.data.latent_file import CacheHeader, write_cache
 from sdxl_train.data.problems import refuse
+from sdxl_train.data.sharing import SharedCaches
 from sdxl_train.errors import DataError, Problem
 from sdxl_train.text_display import listed, shown
 
@@ -54,11 +55,12 @@ class CacheWriter:
 
     Args:
         vae_digest, precision: of the VAE that encodes.
+        shared: which data have the cache of another.
         in_background: by threads; else at once. The files have the same bytes.
     """
 
-    def __init__(self, index: Index, flip_aug: bool, vae_digest: bytes, precision: str, in_background: bool) -> None:
-        self._index = index
+    def __init__(self, index: Index, flip_aug: bool, vae_digest: bytes, precision: str, in_background: bool, shared: SharedCaches) -> None:
+        self._index, self._shared = index, shared
         self._flip_aug = flip_aug
         self._vae_digest = vae_digest
         self._precision = precision
@@ -130,5 +132,6 @@ class CacheWriter:
         datum, header = written
         # Verified is what fits `index.vae_digest`, which caches that are trusted leave as it is.
         is_verified = self._index.vae_digest == self._vae_digest.hex()
-        note(self._index, datum, BESIDE, header, header.has_flipped, is_verified)
+        for row in self._shared.all_of(datum):
+            note(self._index, row, BESIDE, header, header.has_flipped, is_verified)
         self.num_written += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,8 @@ import numpy as np
 
 from sdxl_train.data.file_stamps import FileStamp, file_stamp, stamp_of
 from sdxl_train.data.index import BESIDE, ELSEWHERE, SIZED, Index, pair
-from sdxl_train.data.latent_file import BadCache, CacheHeader, file_digest, read_header, verify
+from sdxl_train.data.latent_file import EXTENSION, BadCache, CacheHeader, file_digest, read_header, verify
+from sdxl_train.data.names import IMAGE_EXTENSIONS, split_name
 from sdxl_train.errors import Problem
 from sdxl_train.text_display import shown
 
@@ -103,6 +105,7 @@ def note(index: Index, row: int, place: int, header: CacheHeader, has_flipped: b
     caches.offsets[row] = header.offsets
     caches.sizes[row] = header.bucket
     caches.has_flipped[row] = has_flipped
+    caches.has_several[row] = header.has_several
     caches.places[row] = place
     index.bucket_sizes[row] = header.bucket
     caches.crops[row] = header.crop
@@ -118,12 +121,12 @@ def _forget_other_vae(index: Index, config: Config, vae_digest: bytes | None) ->
 def _changed(index: Index, data: list[int], config: Config, check: CacheCheck) -> list[tuple[int, int]]:
     """(row, place) of the caches that must be read; pictures without any and caches that are as they were are noted in `check`."""
     waiting: list[tuple[int, int]] = []
-    caches = index.caches
+    caches, namesakes = index.caches, _Namesakes()
     fits = caches.has_flipped if config.flip_aug else np.ones(len(index), bool)
     if config.check_cache_validity:
         fits = fits & caches.is_verified & np.equal(caches.sizes, index.bucket_sizes).all(axis=1)
     for row in data:
-        place, stamp = _locate(index, row)
+        place, stamp = _locate(index, row, namesakes)
         if stamp is None:
             index.caches.forget(row)
             if index.image_path(row) is None:
@@ -138,16 +141,33 @@ def _changed(index: Index, data: list[int], config: Config, check: CacheCheck) -
     return waiting
 
 
-def _locate(index: Index, row: int) -> tuple[int, FileStamp | None]:
+def _locate(index: Index, row: int, namesakes: _Namesakes) -> tuple[int, FileStamp | None]:
     """Where the datum's cache is: beside the picture, else elsewhere by its name, else beside it with a size in the name."""
     image, elsewhere = index.image_paths[row], index.cache_paths[row]
     for place in (BESIDE, ELSEWHERE, SIZED) if image else (ELSEWHERE,):
         if place == ELSEWHERE and not elsewhere:
             continue
-        stamp = file_stamp(index.cache_path_at(row, place))
-        if stamp is not None:
+        path = index.cache_path_at(row, place)
+        stamp = file_stamp(path)
+        if stamp is not None and not (place == SIZED and namesakes.have(path)):
             return place, stamp
     return (BESIDE if image else ELSEWHERE), None
+
+
+class _Namesakes:
+    """Pictures that are really called like `a_0512x0768_sdxl.png`: the cache of this name is theirs, not one of `a.png`."""
+
+    def __init__(self) -> None:
+        self._caches: dict[str, set[str]] = {}  # of such pictures, by folder
+
+    def have(self, cache_path: str) -> bool:
+        folder, name = os.path.split(cache_path)
+        if folder not in self._caches:
+            self._caches[folder] = set()
+            with suppress(PermissionError), os.scandir(folder or ".") as scan:  # what cannot be listed can still hold files
+                names = [split_name(entry.name) for entry in scan if "_sdxl." in entry.name]
+                self._caches[folder] = {key + EXTENSION for key, extension in names if extension in IMAGE_EXTENSIONS}
+        return name in self._caches[folder]
 
 
 def _examined(
@@ -175,10 +195,13 @@ def _examine(index: Index, row: int, path: str, config: Config, vae_digest: byte
         BadCache: it cannot.
     """
     has_image = index.image_path(row) is not None
-    if not config.check_cache_validity:
-        header = _any_size(path, pair(index.bucket_sizes[row]))
-    else:
-        header = read_header(path, pair(index.bucket_sizes[row]) if has_image else None)
+    bucket, chosen_for = pair(index.bucket_sizes[row]) if has_image else None, (config.resolution, config.bucket_reso_step)
+    try:
+        header = read_header(path, bucket, chosen_for)
+    except BadCache:
+        if config.check_cache_validity or bucket is None:
+            raise
+        header = read_header(path, None, chosen_for)
     if config.flip_aug and not header.has_flipped:
         raise BadCache(f"{shown(path)}: it holds no flipped latents, which flip_aug = true needs")
     if not config.check_cache_validity:
@@ -190,13 +213,6 @@ def _examine(index: Index, row: int, path: str, config: Config, vae_digest: byte
     if read_values:
         verify(header, config.flip_aug)
     return header
-
-
-def _any_size(path: str, bucket: tuple[int, int]) -> CacheHeader:
-    try:
-        return read_header(path, bucket)
-    except BadCache:
-        return read_header(path, None)
 
 
 def _check_origin(index: Index, row: int, header: CacheHeader) -> None:

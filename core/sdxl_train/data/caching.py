@@ -17,6 +17,7 @@ from sdxl_train.data.index import Index
 from sdxl_train.data.indexing import warn_of_silent_data
 from sdxl_train.data.latents import DiskLatents, LatentStore, MemoryLatents
 from sdxl_train.data.problems import refuse
+from sdxl_train.data.sharing import SharedCaches, sharing_problems
 from sdxl_train.errors import DataError, Problem
 from sdxl_train.text_display import listed
 
@@ -80,20 +81,24 @@ def prepare_latents(index: Index, vae: VaeInUse, config: Config, work: Work, to_
     Raises:
         DataError: bad pictures or caches, all named; a folder or a cache that cannot be written; a latent that is not finite.
     """
-    problems: list[Problem] = []
+    problems = list(sharing_problems(index)) if to_disk else []
     data = np.flatnonzero(index.num_repeats)
     check = check_caches(index, config, vae.digest, problems, work.check_stop, work.progress("checking caches", len(data)))
     if check.invalid:
         work.warn(f"{len(check.invalid)} caches are not valid and are made again: {listed(check.invalid, 5)}")
     if to_disk:
         prepare_folders(index, check.missing)
+    shared = SharedCaches(index, check.missing, to_disk)
     memory = MemoryLatents(index, data, config.flip_aug) if in_memory else None
-    writer = CacheWriter(index, config.flip_aug, vae.digest, vae.precision, config.async_cache) if to_disk else None
+    writer = CacheWriter(index, config.flip_aug, vae.digest, vae.precision, config.async_cache, shared) if to_disk else None
     profiles = set[int]()
 
     def keep(rows: list[int], flipped: bool, latents: NDArray[np.float32], sources: list[SourceFile]) -> None:
-        if memory is not None:
-            memory.write(rows, flipped, latents)
+        for row, one in zip(rows, latents, strict=True):
+            same = shared.all_of(row)
+            index.is_decoded[same] = True
+            if memory is not None:
+                memory.write(same, flipped, one)
         if writer is not None:
             writer.write(rows, flipped, latents, sources)
         profiles.update(row for row, source in zip(rows, sources, strict=True) if source.ignored_profile)
@@ -102,19 +107,21 @@ def prepare_latents(index: Index, vae: VaeInUse, config: Config, work: Work, to_
         if problems:  # nothing is encoded any more: only the report is made complete
             bad = _check_rest(index, config, work)
         else:
-            progress = work.progress("encoding pictures", len(check.missing))
-            bad = encode_pictures(index, check.missing, vae.module, config, vae.device, keep, work.check_stop, progress)
+            progress = work.progress("encoding pictures", len(shared.to_encode))
+            bad = encode_pictures(index, shared.to_encode, vae.module, config, vae.device, keep, work.check_stop, progress)
         if writer is not None:
             writer.finish()
     finally:
         if writer is not None:
             writer.close()
+    num_encoded = len(shared.to_encode) - len(bad)
+    bad |= {same: problem for row, problem in bad.items() for same in shared.all_of(row)}
     settle_bad_pictures(index, config, bad, work.warn, problems)
     store = DiskLatents(index, is_trusted=config.check_cache_validity)
     if memory is not None:
-        cached = np.setdiff1d(data, check.missing)
+        cached = np.setdiff1d(data, shared.missing)
         memory.fill(cached, store, work.check_stop, work.progress("reading caches", len(cached)))
-    return PreparedLatents(memory or store, check, len(check.missing) - len(bad), len(profiles))
+    return PreparedLatents(memory or store, check, num_encoded, len(profiles))
 
 
 def prepare_pictures(index: Index, config: Config, work: Work) -> None:

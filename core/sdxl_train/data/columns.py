@@ -35,6 +35,14 @@ class TextColumn(Sequence[str]):
     def __len__(self) -> int:
         return len(self.ends)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether all texts are the same."""
+        if not isinstance(other, TextColumn):
+            return NotImplemented
+        return np.array_equal(self.ends, other.ends) and np.array_equal(self.buffer, other.buffer)
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __getitem__(self, i: int) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]  # no slices: use `take`
         return self.raw(i).decode(_ENCODING, _ERRORS)
 

@@ -17,6 +17,7 @@ from sdxl_train.data.counter import Counter
 from sdxl_train.data.image_info import ImageInfo
 from sdxl_train.data.latent_file import cache_path_of, sd_scripts_cache_name
 from sdxl_train.data.metadata import complete
+from sdxl_train.data.rows import Rows
 from sdxl_train.errors import DataError
 from sdxl_train.model.architecture import PX_PER_LATENT
 
@@ -66,6 +67,7 @@ class Caches:
         sizes: the bucket (w, h) in px that its latents fill. [N, 2]
         crops: left, top, and left once flipped, that it stores, in px of the resized picture. [N, 3]
         has_flipped: whether it holds flipped latents. [N] bool
+        has_several: whether it holds latents of several sizes, of which one was chosen. [N] bool
         places: BESIDE, ELSEWHERE or SIZED. [N] int8
     """
 
@@ -75,6 +77,7 @@ class Caches:
     sizes: Ints
     crops: Ints
     has_flipped: NDArray[np.bool_]
+    has_several: NDArray[np.bool_]
     places: NDArray[np.int8]
 
     @classmethod
@@ -86,6 +89,7 @@ class Caches:
             np.full((count, 2), -1, np.int64),
             np.zeros((count, 2), np.int32),
             np.zeros((count, 3), np.int32),
+            np.zeros(count, bool),
             np.zeros(count, bool),
             np.zeros(count, np.int8),
         )
@@ -119,10 +123,12 @@ class Index:
         is_bad: it cannot be trained. [N] bool
         is_decoded: the whole picture was decoded once, without a fault. [N] bool
         caches: what is known of the caches.
+        shares: the first row whose picture has its cache at the same path; -1 where no other has. [N] See `sharing`.
         counter: as in `count_repeats`, with its aliases; data dropped by 0 repeats are counted too.
         missing: keys of the metadata that have no file.
         hidden, run_folders: see `Summary`.
         placed_for: `resolution` and `bucket_reso_step` by which buckets were chosen.
+        sizes_chosen_for: `resolution` and `bucket_reso_step` by which one of several sizes in a cache was chosen.
         vae_digest: of the VAE whose caches were found valid.
         uses_caches: caches were checked in this run, and latents come from them.
     """
@@ -149,11 +155,13 @@ class Index:
     is_bad: NDArray[np.bool_]
     is_decoded: NDArray[np.bool_]
     caches: Caches
+    shares: Ints
     counter: Counter = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     hidden: int = 0
     run_folders: list[str] = field(default_factory=list)
     placed_for: tuple[int, int] = (0, 0)
+    sizes_chosen_for: tuple[int, int] = (0, 0)
     vae_digest: str = ""
     uses_caches: bool = False
 
@@ -188,6 +196,22 @@ class Index:
     def metadata(self, i: int) -> dict[str, Any]:
         """Every documented field (None when absent) and all further ones, as a fresh dict."""
         return complete(json.loads(self.texts[i]), self.image_path(i))
+
+    def rows(self) -> Rows:
+        """What captions and metadata say, as it was read; where no metadata name pictures."""
+        return Rows(
+            keys=self.keys,
+            image_paths=TextColumn.of("" for _ in range(len(self))),
+            texts=self.texts,
+            original_sizes=self.given_sizes,
+            has_caption=self.has_caption,
+            has_description=self.has_description,
+            max_tokens=self.max_tokens,
+            artists=self.artists,
+            characters=self.characters,
+            styles=self.styles,
+            qualities=self.qualities,
+        )
 
     def placement(self, i: int) -> Placement:
         """How the picture is resized and cropped for its bucket."""

@@ -24,6 +24,7 @@ from sdxl_train.data.image_headers import BadImage
 from sdxl_train.data.images import image_header
 from sdxl_train.data.index import Caches, Index, Stamps
 from sdxl_train.data.latent_file import BadCache, read_header
+from sdxl_train.data.sharing import sharing_problems
 from sdxl_train.data.sources import Candidates, Inputs, captions_digest, find_candidates
 from sdxl_train.errors import Problem
 from sdxl_train.text_display import listed
@@ -66,12 +67,15 @@ def build_index(config: Config, plugins: Plugins, known: Records | None, warn: W
         PluginError: from `count_repeats`.
     """
     index, inputs, stamps, is_new = _find(config, known, problems)
+    _choose_sizes_anew(index, config)
     changed = _check_files(index, stamps, config, known.sizes if known else {}, warn, problems) or is_new
     if changed:
         index.original_sizes = np.where(index.given_sizes > 0, index.given_sizes, index.image_sizes)
         index.counter = _count(index)
     _place(index, config, everything=changed)
     changed |= _ask_repeats(index, plugins)
+    if config.cache_latents and config.cache_latents_to_disk:
+        problems += sharing_problems(index)
     _tell(index, warn)
     if not problems and not index.num_repeats.any():
         problems.append(nothing_to_train(config, index))
@@ -84,7 +88,7 @@ def _find(config: Config, known: Records | None, problems: list[Problem]) -> tup
         stamps = _stamps(known.index, config)
         if stamps.any(axis=1).all():
             return known.index, known.inputs, stamps, False
-    candidates = find_candidates(config, problems)
+    candidates = find_candidates(config, problems, known)
     for path in candidates.doubtful if config.bad_images == "error" else ():  # what is wrong with them belongs into the one report
         answer = _check_image(path, None, None, config)
         problems += [answer] if isinstance(answer, Problem) else []
@@ -124,6 +128,7 @@ def _from_candidates(found: Candidates) -> Index:
         is_bad=np.zeros(count, bool),
         is_decoded=np.zeros(count, bool),
         caches=Caches.unknown(count),
+        shares=found.shares,
         missing=found.missing,
         hidden=found.hidden,
         run_folders=found.run_folders,
@@ -159,11 +164,11 @@ def _remember(index: Index, known: Index) -> None:
     here, there = (np.array(rows, np.int64) for rows in zip(*pairs, strict=True))
     for name in ("image_sizes", "bucket_sizes", "stamps", "is_bad", "is_decoded"):
         getattr(index, name)[here] = getattr(known, name)[there]
-    for name in ("stamps", "is_verified", "offsets", "sizes", "crops", "has_flipped", "places"):
+    for name in ("stamps", "is_verified", "offsets", "sizes", "crops", "has_flipped", "has_several", "places"):
         getattr(index.caches, name)[here] = getattr(known.caches, name)[there]
     # A cache is valid for the picture's size or the metadata's.
     index.caches.is_verified[here[(index.given_sizes[here] != known.given_sizes[there]).any(axis=1)]] = False
-    index.placed_for, index.vae_digest = known.placed_for, known.vae_digest
+    index.placed_for, index.sizes_chosen_for, index.vae_digest = known.placed_for, known.sizes_chosen_for, known.vae_digest
     same_text = [i for i, (new, row) in enumerate(pairs) if index.texts.raw(new) == known.texts.raw(row)]
     index.num_tokens[here[same_text]] = known.num_tokens[there[same_text]]
 
@@ -172,6 +177,15 @@ def _stamps(index: Index, config: Config) -> Stamps:
     """Of each picture's file, or of the cache where there is no picture; zeros where there is none."""
     paths = [image or cache for image, cache in zip(index.image_paths.raws(), index.cache_paths.raws(), strict=True)]
     return np.concatenate(_in_threads(file_stamps, paths, config) or [np.zeros((0, 4), np.int64)])
+
+
+def _choose_sizes_anew(index: Index, config: Config) -> None:
+    """Of caches with several sizes another one may be the right one now: they are read again."""
+    chosen_for = (config.resolution, config.bucket_reso_step)
+    if index.sizes_chosen_for != chosen_for:
+        index.caches.forget(index.caches.has_several)
+        index.stamps[index.caches.has_several & (index.image_paths.lengths == 0)] = 0
+        index.sizes_chosen_for = chosen_for
 
 
 def _check_files(
@@ -185,7 +199,7 @@ def _check_files(
 
     def check(row: int) -> _Size | Problem:
         path = index.source_path(row)
-        return _check_image(path, stamps[row], known_sizes.get(path), config) if has_image[row] else _check_cache(index, row, path)
+        return _check_image(path, stamps[row], known_sizes.get(path), config) if has_image[row] else _check_cache(index, row, path, config)
 
     answers = _in_threads(lambda piece: list(map(check, piece)), rows.tolist(), config)
     for row, answer in zip(rows.tolist(), chain.from_iterable(answers), strict=True):
@@ -217,15 +231,16 @@ def _check_image(path: str, stamp: NDArray[np.int64] | None, known: KnownSize | 
         return Problem("image", str(problem), path=path)
 
 
-def _check_cache(index: Index, row: int, path: str) -> _Size | Problem:
+def _check_cache(index: Index, row: int, path: str, config: Config) -> _Size | Problem:
     """Original (w, h) that a cache without a picture stores, else of its bucket; the bucket is noted."""
     try:
-        header = read_header(path, None)
+        header = read_header(path, None, (config.resolution, config.bucket_reso_step))
     except BadCache as problem:
         return Problem("cache", str(problem), path=path)
     index.bucket_sizes[row] = header.bucket
     index.caches.forget(row)
     index.caches.crops[row] = header.crop
+    index.caches.has_several[row] = header.has_several
     return header.original_size or header.bucket
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_train.atomic import atomic_file
-from sdxl_train.data.buckets import Placement, Size
+from sdxl_train.data.buckets import Placement, Size, place
 from sdxl_train.data.file_stamps import stamp_of
 from sdxl_train.data.npz_file import DAMAGE, BadCache, NpzArray, NpzFile, opened, packed, unreadable
 from sdxl_train.model.architecture import LATENT_CHANNELS, PX_PER_LATENT
@@ -57,6 +57,7 @@ class CacheHeader:
     Attributes:
         bucket: (w, h) in px.
         suffix: what follows each array's name for this size; empty for plain names.
+        has_several: latents of several sizes are there, of which this is one.
         has_flipped: flipped latents of the same shape are there.
         offsets: where in the file the latents and the flipped latents begin as little-endian float32 in C order; -1 where they are
             missing or stored otherwise (`read_latents` reads them all the same).
@@ -72,6 +73,7 @@ class CacheHeader:
     path: str
     bucket: Size
     suffix: str
+    has_several: bool
     has_flipped: bool
     offsets: tuple[int, int]
     original_size: Size | None
@@ -109,18 +111,22 @@ def cache_key(file_name: str) -> tuple[str, bool]:
     return (match[1], True) if match else (stem, False)
 
 
-def read_header(path: str, bucket: Size | None) -> CacheHeader:
+def read_header(path: str, bucket: Size | None, chosen_for: tuple[int, int] | None = None) -> CacheHeader:
     """Read the zip directory, the array headers and the small arrays; the latents' values are neither read nor judged.
 
     Args:
-        bucket: (w, h) in px that the latents must have; None takes what the file has, of several sizes the largest.
+        bucket: (w, h) in px that the latents must have; None takes what the file has.
+        chosen_for: resolution and bucket_reso_step in px: of several sizes, without `bucket`, the one that is the bucket of the original
+            size beside it is taken, else the largest of area <= resolution^2, else the largest. None takes the largest.
     Raises:
         BadCache: with the reason: unreadable, no zip archive, cut, no latents of the bucket, not float, of another shape, or of a size
             that the file cannot hold.
         OSError: when the machine is at fault and not the file (too many open files).
     """
     with opened(path) as archive:
-        suffix, (height, width) = _choose_size(archive, path, bucket)
+        sizes = _sizes(archive, path)
+        suffix = _own_suffix(archive, sizes, chosen_for) if bucket is None else _suffix_of(sizes, path, bucket)
+        height, width = sizes[suffix]
         shape = LATENT_CHANNELS, height, width
         plain = _latents(archive, path, KEYS[0] + suffix, shape)
         bucket = width * PX_PER_LATENT, height * PX_PER_LATENT
@@ -138,6 +144,7 @@ def read_header(path: str, bucket: Size | None) -> CacheHeader:
             path=path,
             bucket=bucket,
             suffix=suffix,
+            has_several=len(sizes) > 1,
             has_flipped=flipped is not None,
             offsets=(plain.raw_offset, -1 if flipped is None else flipped.raw_offset),
             original_size=original_size,
@@ -161,7 +168,7 @@ def read_latents(header: CacheHeader, flipped: bool, out: NDArray[np.float32] | 
     assert latents.shape == header.shape and latents.dtype == np.float32 and latents.flags.c_contiguous
     offset = header.offsets[flipped]
     if offset >= 0:
-        read_at(header.path, offset, latents)
+        read_at(header.path, (offset, latents))
         return latents
     with opened(header.path) as archive:
         array = _latents(archive, header.path, KEYS[flipped] + header.suffix, header.shape)
@@ -170,25 +177,26 @@ def read_latents(header: CacheHeader, flipped: bool, out: NDArray[np.float32] | 
     return latents
 
 
-def read_at(path: str, offset: int, out: NDArray[np.float32]) -> os.stat_result:
-    """Fill `out` (C order) with the little-endian float32 at `offset` bytes of a file.
+def read_at(path: str, *parts: tuple[int, NDArray[np.float32]]) -> os.stat_result:
+    """Fill each array (C order) with the little-endian float32 at its offset in bytes in the file.
 
     Returns:
         the file's status, for comparison with that of the file that was verified: here nothing is checked but the length.
     Raises:
-        BadCache: the file cannot be read, or ends before `out` is full.
+        BadCache: the file cannot be read, or ends before an array is full.
         OSError: as `read_header`.
     """
-    left = out.data.cast("B")
     try:
         # Not by `open`, whose file object would take longer than all the rest beside the copying.
         descriptor = os.open(path, _READ_FLAGS)
         try:
             status = os.fstat(descriptor)
-            while left:
-                if not (count := _read_into(left, descriptor, offset + out.nbytes - len(left))):
-                    raise BadCache.of(path, f"it is cut: {offset + out.nbytes} bytes are needed, it has {status.st_size}")
-                left = left[count:]
+            for offset, out in parts:
+                left, end = out.data.cast("B"), offset + out.nbytes
+                while left:
+                    if not (count := _read_into(left, descriptor, end - len(left))):
+                        raise BadCache.of(path, f"it is cut: {end} bytes are needed, it has {status.st_size}")
+                    left = left[count:]
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -274,21 +282,37 @@ def _read_into(out: memoryview, descriptor: int, offset: int) -> int:
     return len(data)
 
 
-def _choose_size(archive: NpzFile, path: str, bucket: Size | None) -> tuple[str, tuple[int, int]]:
-    """(suffix of the keys, (h, w) in latents) for the bucket, or of the largest size there is; plain keys are preferred."""
+def _sizes(archive: NpzFile, path: str) -> dict[str, tuple[int, int]]:
+    """{suffix of the keys: (h, w) in latents} of each size that the file holds; that of plain keys comes first."""
     sizes: dict[str, tuple[int, int]] = {}
     sized = [match for match in map(_SIZED_KEY.fullmatch, archive.keys) if match]
     if KEYS[0] in archive.keys or not sized:
         _, height, width = _latents(archive, path, KEYS[0]).shape
         sizes[""] = height, width
-    sizes |= {f"_{match[1]}x{match[2]}": (int(match[1]), int(match[2])) for match in sized}
-    if bucket is None:
-        return max(sizes.items(), key=lambda item: math.prod(item[1]))
+    return sizes | {f"_{match[1]}x{match[2]}": (int(match[1]), int(match[2])) for match in sized}
+
+
+def _suffix_of(sizes: dict[str, tuple[int, int]], path: str, bucket: Size) -> str:
+    """The size of the bucket; plain keys are preferred."""
     for suffix, size in sizes.items():
         if size == _latent_shape(bucket)[1:]:
-            return suffix, size
+            return suffix
     found = ", ".join(f"{width * PX_PER_LATENT}x{height * PX_PER_LATENT}" for height, width in list(sizes.values())[:20])
     raise BadCache.of(path, f"its latents are for {found} px, the bucket has {bucket[0]}x{bucket[1]} px")
+
+
+def _own_suffix(archive: NpzFile, sizes: dict[str, tuple[int, int]], chosen_for: tuple[int, int] | None) -> str:
+    """The size that the picture would have, see `read_header`; of equal ones plain keys are preferred."""
+    by_area = sorted(sizes, key=lambda suffix: math.prod(sizes[suffix]), reverse=True)
+    if chosen_for is None or len(sizes) == 1:
+        return by_area[0]
+    resolution, step = chosen_for
+    for suffix in by_area:
+        original_size = _original_size(_lengths(archive, "original_size" + suffix, 2))
+        if original_size and sizes[suffix] == _latent_shape(place(original_size, resolution, step).bucket)[1:]:
+            return suffix
+    within = [suffix for suffix in by_area if math.prod(sizes[suffix]) * PX_PER_LATENT**2 <= resolution**2]
+    return (within or by_area)[0]
 
 
 def _latents(archive: NpzFile, path: str, key: str, shape: tuple[int, ...] | None = None) -> NpzArray:

@@ -52,29 +52,30 @@ class DiskLatents:
 
         out = np.empty((len(data), *latent_shape(self._index, data[0])), np.float32)
         for row, datum, flip in zip(out, data, flipped, strict=True):
-            self.read_one(datum, flip, row)
+            self.read_one(datum, {flip: row})
         return torch.from_numpy(out)
 
-    def read_one(self, datum: int, flipped: bool, out: NDArray[np.float32]) -> None:
-        """Fill `out` with the latents of one datum. [4, h, w]
+    def read_one(self, datum: int, out: dict[bool, NDArray[np.float32]]) -> None:
+        """Fill the arrays with the latents of one datum, {flipped: [4, h, w]}.
 
         Raises:
             DataError: the file is gone, unreadable, not the one that was checked, or holds values that are not finite.
         """
         index, caches = self._index, self._index.caches
-        path, offset = index.cache_path(datum), int(caches.offsets[datum, int(flipped)])
+        path, offsets = index.cache_path(datum), caches.offsets[datum].tolist()
         try:
-            if offset >= 0:
-                status = read_at(path, offset, out)
+            if all(offsets[flipped] >= 0 for flipped in out):
+                status = read_at(path, *((offsets[flipped], one) for flipped, one in out.items()))
             else:  # of another program: packed, or of another dtype
                 header = read_header(path, pair(caches.sizes[datum]))
-                read_latents(header, flipped, out)
+                for flipped, one in out.items():
+                    read_latents(header, flipped, one)
                 status = header.status
         except BadCache as bad:
             raise DataError(f"{bad}; it was there when the caches were checked") from bad
         if (status.st_size, status.st_mtime_ns) != (caches.stamps[datum, 0], caches.stamps[datum, 1]):
             raise DataError(f"{shown(path)}: it has changed since the caches were checked; nothing may write to it while it is trained on")
-        if not self._is_trusted and not np.isfinite(out).all():
+        if not self._is_trusted and not all(np.isfinite(one).all() for one in out.values()):
             raise DataError(f"{shown(path)}: its latents hold NaN or infinity; check_cache_validity = true makes it again")
 
 
@@ -98,7 +99,7 @@ class MemoryLatents:
         self._orientations = (False, True) if flip_aug else (False,)
 
     def write(self, data: Sequence[int], flipped: bool, latents: NDArray[np.float32]) -> None:
-        """Keep the latents of data of one bucket. [B, 4, h, w]."""
+        """Keep the latents of data of one bucket. [B, 4, h, w], or [4, h, w] for all of them."""
         self._array(data[0])[self._row[data], int(flipped)] = latents
 
     def fill(self, data: NDArray[np.int64], files: DiskLatents, check_stop: CheckStop, on_progress: OnProgress) -> None:
@@ -111,8 +112,7 @@ class MemoryLatents:
         def load(start: int) -> int:
             piece = data[start : start + _AT_ONCE].tolist()
             for datum in piece:
-                for flipped in self._orientations:
-                    files.read_one(datum, flipped, self._array(datum)[self._row[datum], int(flipped)])
+                files.read_one(datum, dict(zip(self._orientations, self._array(datum)[self._row[datum]], strict=True)))
             return len(piece)
 
         num_done = 0

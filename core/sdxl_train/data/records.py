@@ -22,10 +22,10 @@ from sdxl_train.data.file_stamps import FileStamp, file_stamp
 from sdxl_train.data.index import Caches, Index
 from sdxl_train.data.sources import Inputs
 from sdxl_train.errors import CheckpointError
-from sdxl_train.model.safetensors_header import read_header
+from sdxl_train.model.safetensors_header import header_of
 
 INDEX_NAME, SIZES_NAME = "index.safetensors", "image_size.json"
-_VERSION = "1"  # of the columns; another one is not read
+_VERSION = "2"  # of the columns; another one is not read
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ def write_records(directory: Path, index: Index, inputs: Inputs) -> None:
 
 
 _META = "meta"
-_PLAIN = ("counter", "missing", "hidden", "run_folders", "placed_for", "vae_digest")
+_PLAIN = ("counter", "missing", "hidden", "run_folders", "placed_for", "sizes_chosen_for", "vae_digest")
+_PAIRS = ("placed_for", "sizes_chosen_for")
 _NO_COLUMNS = (*_PLAIN, "uses_caches")
 
 
@@ -116,7 +117,7 @@ def _read_index(path: Path) -> tuple[Index, Inputs, FileStamp | None] | None:
     if meta.get("version") != _VERSION:
         return None
     columns: dict[str, Any] = {one.name: _column(one.name, str(one.type), arrays) for one in fields(Index) if one.name not in _NO_COLUMNS}
-    plain: dict[str, Any] = {name: meta[name] for name in _PLAIN} | {"placed_for": tuple(meta["placed_for"])}
+    plain: dict[str, Any] = {name: tuple(meta[name]) if name in _PAIRS else meta[name] for name in _PLAIN}
     counter = plain["counter"]
     counter |= {"character": counter["characters"], "style": counter["styles"]}  # the same dicts again
     stamp = meta["sizes_stamp"]
@@ -125,10 +126,10 @@ def _read_index(path: Path) -> tuple[Index, Inputs, FileStamp | None] | None:
 
 def _map(path: Path) -> dict[str, np.ndarray]:
     """Every array of a safetensors file, mapped copy-on-write: pages are shared until somebody writes to them."""
-    header = read_header(str(path))
-    if not {info.dtype for info in header.tensors.values()} <= set(_DTYPES):
-        raise ValueError("no index of ours")
-    with open(path, "rb") as file:
+    with open(path, "rb") as file:  # once: another start may replace the file at any moment
+        header = header_of(file, str(path))
+        if not {info.dtype for info in header.tensors.values()} <= set(_DTYPES):
+            raise ValueError("no index of ours")
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     return {
         name: np.frombuffer(mapped, _DTYPES[info.dtype], math.prod(info.shape), info.begin).reshape(info.shape)

@@ -20,10 +20,12 @@ from sdxl_train.data.metadata_files import read_metadata_files
 from sdxl_train.data.names import split_name
 from sdxl_train.data.rows import Rows, rows_of_captions
 from sdxl_train.data.search import FoundFiles, find_files, holds_a_run
+from sdxl_train.data.sharing import is_named_by, rows_with_one_cache
 from sdxl_train.errors import DataError, Problem
 from sdxl_train.text_display import shown
 
 if TYPE_CHECKING:
+    from sdxl_train.data.records import Records
     from sdxl_train.keys import Config
 
 # A folder that changed so shortly before it was read may change again without another time stamp.
@@ -38,6 +40,7 @@ class Candidates:
         rows: what is known of each datum.
         image_paths: its picture; '' where there is only a cache.
         cache_paths: its cache, where that does not have the picture's name beside the picture; else ''.
+        shares: see `Index`.
         missing: keys of the metadata for which there is no file.
         doubtful: pictures that share their key with others; they are no data, but may be bad too.
         hidden, run_folders: what the search left out, see `FoundFiles`.
@@ -47,6 +50,7 @@ class Candidates:
     rows: Rows
     image_paths: TextColumn
     cache_paths: TextColumn
+    shares: NDArray[np.int32]
     missing: list[str]
     doubtful: list[str]
     hidden: int
@@ -95,15 +99,16 @@ def _caption_path(key: str, source: str) -> str:
     return os.path.join(os.path.dirname(source), key + ".txt")
 
 
-def find_candidates(config: Config, problems: list[Problem]) -> Candidates:
+def find_candidates(config: Config, problems: list[Problem], known: Records | None = None) -> Candidates:
     """All data of the data set.
 
     Args:
         problems: gets every problem of folders, metadata and caption files, and every name that stands for several files.
+        known: what an earlier start found out; captions that have not changed since are not read.
     """
     now = time.time_ns()
     files = find_files(config.image_dirs, problems)
-    found = _from_metadata(config, files, problems) if config.metadata_files else _from_folders(config, files, problems)
+    found = _from_metadata(config, files, problems) if config.metadata_files else _from_folders(config, files, problems, known)
     found.inputs.folders.update({path: times if now - times[0] > _UNSURE_NS else [] for path, times in files.folders.items()})
     return found
 
@@ -119,6 +124,7 @@ def _from_metadata(config: Config, files: FoundFiles, problems: list[Problem]) -
     kept: list[int] = []
     missing: list[str] = []
     absent: set[str] = set()
+    are_renamed = False
     for i, (key, named) in enumerate(zip(rows.keys, rows.image_paths, strict=True)):
         is_there = bool(named) and lookup.is_image(named)
         image = named if is_there else lookup.image(key, named, problems)
@@ -129,15 +135,17 @@ def _from_metadata(config: Config, files: FoundFiles, problems: list[Problem]) -
             kept.append(i)
             images.append(image or "")
             caches.append(cache or "")
+            are_renamed |= bool(image) and not is_named_by(key, image)
         elif image is not None and cache is not None:
             missing.append(key)
     inputs.absent.extend(sorted(absent))
     if len(kept) < len(rows.keys):
         rows = _take(rows, np.array(kept, np.int64))
-    return _candidates(rows, images, caches, missing, [], files, inputs)
+    shares = rows_with_one_cache(images) if are_renamed else None
+    return _candidates(rows, images, caches, missing, [], files, inputs, shares)
 
 
-def _from_folders(config: Config, files: FoundFiles, problems: list[Problem]) -> Candidates:
+def _from_folders(config: Config, files: FoundFiles, problems: list[Problem], known: Records | None) -> Candidates:
     images_by_key = files.images_by_key()
     only_caches = files.caches_by_key()
     lookup = _Lookup(files)
@@ -158,9 +166,18 @@ def _from_folders(config: Config, files: FoundFiles, problems: list[Problem]) ->
         caches.append(lookup.cache(key, image, problems) or "" if image else paths[0])
     sources = [image or cache for image, cache in zip(images, caches, strict=True)]
     # The digest first: a caption that changes while it is read is read again at the next start.
-    inputs = Inputs(_input_keys(config), captions=captions_digest(TextColumn.of(keys), sources), run_folders=files.run_folders)
+    column = TextColumn.of(keys)
+    inputs = Inputs(_input_keys(config), captions=captions_digest(column, sources), run_folders=files.run_folders)
     captions = (_caption(_caption_path(key, source), files, problems) for key, source in zip(keys, sources, strict=True))
-    return _candidates(rows_of_captions(zip(keys, captions, strict=True)), images, caches, [], doubtful, files, inputs)
+    rows = _known_rows(known, column, inputs) or rows_of_captions(zip(keys, captions, strict=True))
+    return _candidates(rows, images, caches, [], doubtful, files, inputs)
+
+
+def _known_rows(known: Records | None, keys: TextColumn, inputs: Inputs) -> Rows | None:
+    """The captions of an earlier start, where the files are the same: mostly only caches have come, which changes the folders."""
+    if known is None or known.index is None or not inputs.captions or known.inputs.captions != inputs.captions:
+        return None
+    return known.index.rows() if known.index.keys == keys else None
 
 
 def _caption(path: str, files: FoundFiles, problems: list[Problem]) -> str | None:
@@ -242,10 +259,11 @@ def _candidates(
     doubtful: list[str],
     files: FoundFiles,
     inputs: Inputs,
+    shares: NDArray[np.int32] | None = None,
 ) -> Candidates:
-    return Candidates(
-        rows, TextColumn.of(images), TextColumn.of(caches), missing, doubtful, files.hidden, files.run_folders, inputs
-    )
+    shares = np.full(len(rows), -1, np.int32) if shares is None else shares
+    paths = TextColumn.of(images), TextColumn.of(caches)
+    return Candidates(rows, *paths, shares, missing, doubtful, files.hidden, files.run_folders, inputs)
 
 
 def _input_keys(config: Config) -> list[list[str]]:

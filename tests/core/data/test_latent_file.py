@@ -137,7 +137,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     verify(header, flip_aug=True)
     out = np.empty((2, 4, H, W), np.float32)
     for flipped in (False, True):
-        status = read_at(header.path, header.offsets[flipped], out[int(flipped)])
+        status = read_at(header.path, (header.offsets[flipped], out[int(flipped)]))
         assert status.st_mtime_ns == header.status.st_mtime_ns == os.stat(header.path).st_mtime_ns
         assert (out[int(flipped)] == latents(1 + flipped)).all() and (read_latents(header, flipped) == latents(1 + flipped)).all()
 
@@ -255,6 +255,26 @@ def test_of_several_sizes_the_one_for_the_bucket_is_taken_else_the_largest(tmp_p
         assert header.original_size == (100 + i, 200) and (read_latents(header, False) == latents(i, h, w)).all()
     assert read_header(path, None).bucket == (64, 128)
     assert reason(path, (64, 64)) == "its latents are for 96x64, 64x96, 64x128, 32x32 px, the bucket has 64x64 px"
+
+
+@pytest.mark.parametrize(
+    ("original", "chosen_for", "bucket"),
+    [
+        ((256, 256), (128, 32), (128, 128)),  # the size that the picture has at this resolution
+        ((256, 256), (64, 32), (64, 64)),
+        ((256, 128), (128, 32), (160, 96)),  # of its shape, though another one is larger
+        ((256, 256), (96, 32), (64, 64)),  # none is its bucket of 96x96: the largest within the resolution
+        (None, (128, 32), (128, 128)),
+        (None, (32, 32), (256, 256)),  # all are above it: the largest
+    ],
+)
+def test_of_several_sizes_without_a_picture_its_own_bucket_is_taken_else_what_the_resolution_allows(tmp_path: Path, original, chosen_for, bucket) -> None:
+    sizes = [(8, 8), (16, 16), (12, 20), (32, 32)]  # (h, w)
+    arrays = {f"latents_{h}x{w}": latents(i, h, w) for i, (h, w) in enumerate(sizes)}
+    if original:
+        arrays |= {f"original_size_{h}x{w}": np.array(original) for h, w in sizes}
+    header = read_header(save(tmp_path, **arrays), None, chosen_for)
+    assert header.has_several and header.bucket == bucket
 
 
 def test_latents_that_sd_scripts_added_do_not_get_our_digests(tmp_path: Path) -> None:
@@ -569,7 +589,7 @@ def test_a_file_that_changes_or_goes_away_is_noticed(tmp_path: Path) -> None:
         verify(header, flip_aug=False)
     out = np.empty((4, H, W), np.float32)
     with pytest.raises(BadCache, match=r"a\.npz: it is cut: \d+ bytes are needed, it has \d+"):
-        read_at(header.path, os.stat(header.path).st_size - 100, out)
+        read_at(header.path, (os.stat(header.path).st_size - 100, out))
     os.unlink(header.path)
     for action in (lambda: read_latents(header, False), lambda: read_latents(replace(header, offsets=(-1, -1)), False)):
         with pytest.raises(BadCache, match=r"a\.npz: it cannot be read: No such file"):

@@ -100,6 +100,14 @@ def test_a_start_after_nothing_changed_reads_no_picture_and_finds_the_same(folde
     assert content(second.index) == content(first.index)
 
 
+def test_the_index_is_opened_once_so_that_its_header_and_its_columns_are_of_one_file(folder, tmp_path, monkeypatch):
+    start(folder, tmp_path / "records")
+    opened, real = [], open
+    monkeypatch.setattr("builtins.open", lambda path, *given, **named: (opened.append(str(path)), real(path, *given, **named))[1])
+    assert read_records(tmp_path / "records") is not None
+    assert len([path for path in opened if path.endswith("index.safetensors")]) == 1
+
+
 def test_only_a_changed_picture_is_read_again(folder, tmp_path, opened):
     start(folder, tmp_path / "records")
     opened.clear()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_train.data import caches, encoding, indexing
+from sdxl_train.data import caches, encoding, indexing, sources
 from sdxl_train.data.caching import VaeInUse
 from sdxl_train.data.file_stamps import file_stamp
 from sdxl_train.dataset import Dataset
@@ -174,9 +174,9 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The pictures whose header is read or which are decoded, and the caches of which anything is read."""
+    """The pictures whose header is read or which are decoded, the caches of which anything is read, and the captions that are read."""
     names: list[str] = []
-    places = [(indexing, "image_header"), (indexing, "read_header"), (caches, "read_header"), (encoding, "load_pixels_and_source")]
+    places = [(indexing, "image_header"), (indexing, "read_header"), (caches, "read_header"), (encoding, "load_pixels_and_source"), (sources, "read_caption_file")]
     for module, name in places:
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda path, *given, real=real: (names.append(os.path.basename(path)), real(path, *given))[1])
@@ -205,7 +205,7 @@ def change(world: World, choose: random.Random) -> None:
     elif what == "text" and world.rows:
         row = {"caption": f"c{choose.randrange(3)}", "artist": choose.choice(["x", "y"])}
         row |= choose.choice([{}, {"original_size": list(choose.choice(SIZES))}])
-        row |= choose.choice([{}, *({"image_path": path} for path in (f"{name}.png", f"out/{os.path.basename(name)}.png", "gone/a.png"))])
+        row |= choose.choice([{}, *({"image_path": path} for path in (f"{name}.png", f"out/{os.path.basename(name)}.png", "gone/a.png", "in/p1.png"))])
         world.metadata(**(world.rows | {os.path.basename(name): row}))
     elif what == "text" and path:
         path.with_suffix(".txt").write_text(choose.choice(["a, artist:x", "b, artist:y", "best quality", ""]))
@@ -376,3 +376,112 @@ def test_an_index_of_another_program_is_as_good_as_none(world):
     world.records.mkdir()
     save_file({"weights": np.zeros(3, np.float32)}, world.records / "index.safetensors")
     assert world.starts_agree()["a"][0] == 1
+
+
+# ---- Caches that several data would have -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("async_cache", [False, True])
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_picture_under_two_keys_is_encoded_once_for_the_first_and_not_again(world, opened, async_cache, in_memory):
+    world.keys |= {"async_cache": async_cache, "keep_cached_latents_in_memory": in_memory, "flip_aug": True}
+    world.picture("in/a.png")
+    world.metadata(b={"image_path": "in/a.png"}, a={"image_path": "in/a.png"}, c={"image_path": "in/sub/../a.png"})
+    found = world.start()
+    assert opened.count("a.png") == 3 + 1, "each header, and one decode"
+    assert found["a"][-1] == found["b"][-1] == found["c"][-1]
+    (world.data / "in/a.npz").unlink()
+    world.metadata(a={"image_path": "in/a.png"})
+    assert world.start()["a"][-1] == found["a"][-1], "the draw is that of the first key"
+    world.metadata(b={"image_path": "in/a.png"}, a={"image_path": "in/a.png"})
+    world.starts_agree()
+    opened.clear()
+    assert world.start()["b"][-1] == found["a"][-1]
+    assert opened == []
+
+
+def test_a_cache_that_only_one_of_two_keys_can_use_is_made_again_for_both(world):
+    world.picture("in/a.png")
+    world.cache("in/a.npz", 100, original_size=np.array([64, 64]))
+    world.metadata(a={"image_path": "in/a.png"}, b={"image_path": "in/a.png", "original_size": [64, 64]})
+    found = world.start()
+    assert found["a"][-1] == found["b"][-1] and latents_of(found, "a")[0] != 100
+    world.starts_agree()
+
+
+def test_a_bad_picture_under_two_keys_is_left_out_under_both(world):
+    path = world.picture("in/a.png", (48, 16))
+    path.write_bytes(path.read_bytes()[:-300] + bytes(288) + path.read_bytes()[-12:])
+    world.picture("in/b.png")
+    world.metadata(a={"image_path": "in/a.png"}, a2={"image_path": "in/a.png"}, b={})
+    assert world.starts_agree()["summary"].bad == 2
+
+
+def test_two_pictures_that_would_share_a_cache_are_a_problem_where_caches_are_written(world):
+    world.picture("in/a.png")
+    Image.new("RGB", (32, 16)).save(world.data / "in/a.bmp")
+    world.metadata(a={"image_path": "in/a.png"}, b={"image_path": "in/sub/../a.bmp"})
+    problem = "in/a.png and in/sub/../a.bmp would share the cache in/a.npz; rename one"
+    assert world.start()["problems"] == [problem]
+    world.keys["cache_latents_to_disk"] = False
+    found = world.starts_agree()
+    assert found["a"][-1] != found["b"][-1] and not list(world.data.rglob("*.npz"))
+    world.keys["cache_latents"] = False
+    assert world.starts_agree()["summary"].images == 2
+    world.keys |= {"cache_latents": True, "cache_latents_to_disk": True}
+    assert world.starts_agree()["problems"] == [problem], "also where an earlier start knows these data"
+
+
+def test_a_picture_under_two_keys_is_encoded_for_each_where_nothing_is_written(world):
+    world.keys["cache_latents_to_disk"] = False
+    world.picture("in/a.png")
+    world.metadata(a={"image_path": "in/a.png"}, b={"image_path": "in/a.png"})
+    found = world.start()
+    assert found["a"][-1] != found["b"][-1], "each has a draw of its own"
+
+
+# ---- Other names and sizes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("check_cache_validity", [False, True])
+@pytest.mark.parametrize("with_picture", [False, True])
+def test_of_several_sizes_that_of_the_bucket_is_trained_also_at_another_resolution(world, opened, check_cache_validity, with_picture):
+    world.keys |= {"resolution": 32, "check_cache_validity": check_cache_validity}
+    sizes = {"4x4": 104, "2x2": 102, "8x2": 182}
+    arrays = {f"latents_{size}": np.full((4, *map(int, size.split("x"))), value, np.float32) for size, value in sizes.items()}
+    np.savez(world.data / "in/a.npz", **arrays, **{f"original_size_{size}": np.array([64, 64]) for size in sizes})
+    world.cache("in/other.npz")
+    if with_picture:
+        world.picture("in/a.png", (64, 64))
+    for resolution, value in ((32, 104), (16, 102), (32, 104)):
+        world.keys["resolution"] = resolution
+        assert latents_of(world.starts_agree(), "a")[0] == value
+        opened.clear()
+        world.start()
+        assert opened == []
+
+
+def test_a_picture_that_is_called_like_a_cache_keeps_its_cache(world):
+    world.picture("in/a.png")
+    world.picture("in/a_0032x0016_sdxl.png", seed=1)
+    world.cache("in/a_0032x0016_sdxl.npz", 101)
+    found = world.starts_agree()
+    assert latents_of(found, "a_0032x0016_sdxl")[0] == 101 and latents_of(found, "a")[0] != 101
+    (world.data / "in/a.npz").unlink()
+    world.metadata(a={})
+    assert latents_of(world.starts_agree(), "a")[0] != 101, "also where that picture is no datum"
+    (world.data / "in/a.npz").unlink()
+    (world.data / "in/a_0032x0016_sdxl.png").unlink()
+    assert latents_of(world.starts_agree(), "a")[0] == 101
+
+
+def test_captions_are_not_read_again_because_caches_were_written(world, opened):
+    for key in "ab":
+        world.picture(f"in/{key}.png")
+        (world.data / f"in/{key}.txt").write_text(f"cat {key}")
+    world.start()
+    opened.clear()
+    world.start()
+    assert opened == []
+    (world.data / "in/b.txt").write_text("dog b")
+    assert [world.starts_agree()[key][3].caption for key in "ab"] == ["cat a", "dog b"]
