@@ -48,7 +48,7 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
     plugins = settings.plugins
     samples = list(settings.samples)
     device, precision = pick_device(keys), Precision.of(keys)
-    base = _open_base(settings)
+    base = open_base(settings)
     if samples:
         # A sampler that cannot do what is asked says so now.
         plugins.hooks.build_sampler(noise_scheduler=NoiseSchedule(keys.prediction_type, keys.zero_terminal_snr))
@@ -113,8 +113,13 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
     return run
 
 
-def _open_base(settings: Settings) -> Checkpoint:
-    """The model that is trained, its headers read and held against the configuration."""
+def open_base(settings: Settings) -> Checkpoint:
+    """The model that the configuration names, its headers read and held against it.
+
+    Raises:
+        CheckpointError: it, or its VAE, cannot be used.
+        ConfigError: it is marked otherwise than the configuration says, or has too few layers for `clip_skip`.
+    """
     keys = settings.config
     base = open_checkpoint(keys.pretrained_model_name_or_path, keys.vae)
     for problem in contradicted_marks(base, settings):

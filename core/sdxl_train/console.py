@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from sdxl_train.text_display import printable
@@ -79,6 +81,26 @@ class Console:
             return ""
         seconds = int((time.monotonic() - self._started) / done * left)
         return f", {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
+
+
+class _LogLines(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.warn(self.format(record))
+
+
+@contextmanager
+def showing_log(console: Console) -> Iterator[None]:
+    """Within the block, what the parts log (a tracker that failed, a picture that could not be rendered) is shown as warnings."""
+    lines = _LogLines(console)
+    logging.getLogger("sdxl_train").addHandler(lines)
+    try:
+        yield
+    finally:  # else a second command in this process would say everything twice
+        logging.getLogger("sdxl_train").removeHandler(lines)
 
 
 def figures_of(metrics: Mapping[str, float], images_per_s: float) -> str:

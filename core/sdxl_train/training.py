@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import traceback
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sdxl_train.banner import banner, summary
 from sdxl_train.config import Settings
-from sdxl_train.console import Console
+from sdxl_train.console import Console, showing_log
 from sdxl_train.control import forget_requests
 from sdxl_train.errors import ConfigError
 from sdxl_train.output_dir import locked_output_dir, prepare_output_dir, resolve_output_dir
@@ -31,15 +30,11 @@ def run_training(settings: Settings) -> None:
     """
     _refuse_several_processes()
     console = Console()
-    to_console = _ToConsole(console)
-    logging.getLogger("sdxl_train").addHandler(to_console)
-    for warning in settings.warnings:
-        console.warn(warning)
-    try:
+    with showing_log(console):
+        for warning in settings.warnings:
+            console.warn(warning)
         with ending_with_its_code() as stop:
             _train(settings, console, stop)
-    finally:  # else a second run in this process would say everything twice
-        logging.getLogger("sdxl_train").removeHandler(to_console)
 
 
 def _train(settings: Settings, console: Console, stop: StopRequest) -> None:
@@ -84,17 +79,6 @@ def _resume(run: Run, state: Path, now: datetime) -> bool:
     set_later_saves_aside(run.output_dir, run.parts.keys.output_name, run.step, now, console.line)
     console.line(f"resuming: {state}, after step {run.step}")
     return True
-
-
-class _ToConsole(logging.Handler):
-    """Shows what the parts log (a tracker that failed, say) as warnings of the run."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(logging.WARNING)
-        self._console = console
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._console.warn(self.format(record))
 
 
 def _refuse_several_processes() -> None:
