@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import tomli
 
-from sdxl_train.cli import NOT_BUILT
 from sdxl_train.config import load_settings
 
 ROOT = Path(__file__).parents[1]
@@ -109,8 +108,3 @@ def test_every_fence_has_a_language_or_closes_a_block(page: Path) -> None:
 def test_the_two_quick_starts_show_the_same_files() -> None:
     for language in ("toml", "json", "text"):
         assert blocks(ROOT / "docs" / "quickstart.md", language) == blocks(ROOT / "docs" / "quickstart.zh.md", language)
-
-
-def test_the_readme_names_the_commands_that_are_not_built() -> None:
-    status = (ROOT / "README.md").read_text("utf-8").partition("## Status")[2]
-    assert [name for name in NOT_BUILT if f"`{name}`" not in status] == []

@@ -26,8 +26,6 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key of the file; repeatable, dotted for tables.")
 ]
 
-NOT_BUILT = ("sample",)
-
 
 @app.command()
 def train(file: File, settings: Settings = None) -> None:
@@ -79,6 +77,28 @@ def preview(
     from sdxl_train.preview import run_preview
 
     run_preview(checked, epoch, num, out)
+
+
+@app.command()
+def sample(
+    file: File,
+    settings: Settings = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A saved model, or a diffusers directory, in place of the file's base model.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the pictures are written; else <output_dir>/samples/eval_<time>.")
+    ] = None,
+) -> None:
+    """Render the sample benchmark with a model, without training. Needs no data set."""
+    from sdxl_train.config import load_settings
+    from sdxl_train.toml_text import toml_value
+
+    chosen = [] if model is None else [f"pretrained_model_name_or_path={toml_value(model)}"]
+    checked = load_settings(file, [*(settings or ()), *chosen], needs=("samples",))
+    from sdxl_train.sample_command import run_sample
+
+    run_sample(checked, out)
 
 
 @app.command()
@@ -142,8 +162,6 @@ def main() -> None:
     """The console script. Exit codes: 0 done; 2 found wrong before step 1; 1 another failure; 130, 143, 129 stopped by a signal."""
     arguments = sys.argv[1:]
     commands = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands} | {"plugins"}
-    if arguments and arguments[0] in NOT_BUILT:
-        _fail(f"`sdxl-train {arguments[0]}` is not built yet in this version")
     if arguments and arguments[0] not in commands and arguments[0] not in ("--help", "-h"):
         arguments = ["train", *arguments]
     try:

@@ -56,6 +56,7 @@ def render_round(
     name_of: Callable[[int, int], str],
     text_of: Callable[[SampleEntry, int], str],
     check_stop: Callable[[], bool] = lambda: False,
+    report: Callable[[SampleRound], None] = lambda _: None,
     rank: int = 0,
     num_ranks: int = 1,
 ) -> SampleRound:
@@ -66,6 +67,7 @@ def render_round(
         name_of: (entry index i, picture b) -> file name.
         text_of: (entry, seed of the picture) -> the text in the PNG.
         check_stop: asked before each denoising step.
+        report: told what has come of the round so far, after each picture and each entry that failed.
         rank, num_ranks: this process renders entries rank, rank + num_ranks, ...
     """
     done = SampleRound()
@@ -92,10 +94,12 @@ def render_round(
                     else:
                         done.num_failed += 1
                     finished += 1
+                    report(done)
         except Exception:  # sampling is a side job: whatever it meets, the training goes on
             missing = entry.num_pictures - finished
             logger.exception("sample entry %d failed; %d of its %d pictures are missing", i, missing, entry.num_pictures)
             done.num_failed += missing
+            report(done)
     if models.device.type == "cuda":
         torch.cuda.empty_cache()  # blocks of the pictures' sizes, of no use to the training
     return done
@@ -132,6 +136,7 @@ def render_evaluation_round(
     sampler_name: str,
     *,
     check_stop: Callable[[], bool] = lambda: False,
+    report: Callable[[SampleRound], None] = lambda _: None,
 ) -> SampleRound:
     """Render the benchmark outside of a training into `directory`; see `render_round`."""
     return render_round(
@@ -142,6 +147,7 @@ def render_evaluation_round(
         name_of=evaluation_picture_name,
         text_of=lambda entry, seed: parameters_text(entry, seed, sampler_name),
         check_stop=check_stop,
+        report=report,
     )
 
 
