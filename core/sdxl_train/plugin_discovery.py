@@ -48,12 +48,14 @@ class Target:
         name: the name, in the spelling of the entry point (or the import path as written).
         origin: "distribution version" it came from, or the module or file.
         value: the class or function itself.
+        point: the entry point it was found by, its own or a resolver's; None for an import path or a file.
     """
 
     key: PluginKey
     name: str
     origin: str
     value: Any
+    point: EntryPoint | None = None
 
     def __str__(self) -> str:
         return f'plugin "{self.name}" of {self.key.key} ({self.origin})'
@@ -86,12 +88,12 @@ class Catalogue:
             owners = " and ".join(_origin(point) for point in matches)
             raise PluginError(f'{key.key} = "{name}": {owners} both have this name; uninstall one, or name its import path')
         if matches:
-            return Target(key, matches[0].name, _origin(matches[0]), _load_entry_point(key, matches[0]))
+            return Target(key, matches[0].name, _origin(matches[0]), _load_entry_point(key, matches[0]), matches[0])
         for point in self._installed.select(group=RESOLVERS_GROUP, name=key.key):
             resolvers.append(_load_entry_point(key, point)())
             found = resolvers[-1].find(name)
             if found is not None:
-                return Target(key, found[0], _origin(point), found[1])
+                return Target(key, found[0], _origin(point), found[1], point)
         if ":" in name:
             return Target(key, name, name.partition(":")[0], _load_path(key, name))
         raise PluginError(f'{key.key} = "{name}": no installed plugin has this name{self._instead(key, name, resolvers)}')
