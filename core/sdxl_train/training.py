@@ -40,6 +40,7 @@ def run_training(settings: Settings) -> None:
 def _train(settings: Settings, console: Console, stop: StopRequest) -> None:
     from sdxl_train.build import build_run
     from sdxl_train.loop import train
+    from sdxl_train.run_record import write_run_record
 
     now, keys = datetime.now(), settings.config
     found = find_state(keys.resume_from, keys.output_dir, console.warn) if keys.resume_from else None
@@ -53,6 +54,7 @@ def _train(settings: Settings, console: Console, stop: StopRequest) -> None:
         run = build_run(settings, output_dir, log_dir, console, stop)
         if state is not None and not _resume(run, state, now):
             return
+        write_run_record(run, settings)
         console.line(banner(run, settings))
         console.start_progress("step", run.num_train_steps, run.step)
         try:
