@@ -11,6 +11,7 @@ from sdxl_train.model.attention import active_backend
 from sdxl_train.plugin_discovery import OWN_DISTRIBUTION
 from sdxl_train.plugins import Loaded
 from sdxl_train.run import Run
+from sdxl_train.sample_sheets import INDEX_NAME, SHEETS_FOLDER
 
 MAX_BUCKETS_SHOWN = 12
 
@@ -40,7 +41,10 @@ def banner(run: Run, settings: Settings) -> str:
     ]
     if run.parts.samples:
         pictures = sum(entry.num_pictures for entry in run.parts.samples)
-        lines.append(f"samples: {pictures} pictures of {values['sample_benchmark']} with {values['sample_sampler']}")
+        lines.append(
+            f"samples: {pictures} pictures of {values['sample_benchmark']} with {values['sample_sampler']}; "
+            f"to look at them: {run.output_dir / 'samples' / SHEETS_FOLDER / INDEX_NAME}"
+        )
     return "\n".join(lines)
 
 

@@ -153,6 +153,7 @@ def _captions(metadata: str) -> dict[str, str]:
 def _say_what_was_made(directory: Path, output_dir: str, samples: Sequence[SampleEntry]) -> None:
     """The closing words, after a training without mishap. A changed configuration may have saved or drawn nothing."""
     from sdxl_train.output_dir import matching_output_dirs
+    from sdxl_train.sample_sheets import INDEX_NAME, SHEETS_FOLDER
 
     made = max(matching_output_dirs(output_dir), key=lambda path: (path / "logs").stat().st_mtime)
     models = sorted((made / "models").glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
@@ -161,6 +162,8 @@ def _say_what_was_made(directory: Path, output_dir: str, samples: Sequence[Sampl
         print(f"  model             {models[-1]}")
     if sheet := _before_and_after(directory, made, samples):
         print(f"  before and after  {sheet}")
+    if (pages := made / "samples" / SHEETS_FOLDER / INDEX_NAME).exists():
+        print(f"  samples over time {pages}")
     if losses := _losses(made):
         first, last = fmean(losses[:MEAN_OVER_STEPS]), fmean(losses[-MEAN_OVER_STEPS:])
         print(f"  loss              {first:.3f} at first, {last:.3f} at the end (means of {min(MEAN_OVER_STEPS, len(losses))} steps)")
@@ -181,7 +184,8 @@ def _before_and_after(directory: Path, made: Path, samples: Sequence[SampleEntry
     """One sheet: drawn before step 1, drawn last, and the picture whose caption is the prompt. None where nothing was drawn."""
     from sdxl_train.sample_files import comparison_sheet
 
-    rounds = sorted((made / "samples").iterdir(), key=lambda path: path.stat().st_mtime)
+    rounds = [path for path in (made / "samples").iterdir() if path.name.startswith(("epoch_", "step_"))]
+    rounds.sort(key=lambda path: path.stat().st_mtime)
     before = made / "samples" / "step_0"
     if not samples or before not in rounds or rounds[-1] == before:
         return None

@@ -23,6 +23,7 @@ from sdxl_train.sample_files import (
     training_picture_name,
     write_png,
 )
+from sdxl_train.sample_sheets import SHEETS_FOLDER, update_sheets
 from sdxl_train.sampling import Picture, SampleModels, render_batch
 
 if TYPE_CHECKING:
@@ -115,17 +116,26 @@ def render_training_round(
     *,
     check_stop: Callable[[], bool] = lambda: False,
 ) -> SampleRound:
-    """Render the benchmark into `samples/epoch_{E}/` ("epoch") or `samples/step_{S}/` (any other moment); see `render_round`."""
-    stamp = now.strftime(TIMESTAMP)
-    return render_round(
+    """Render the benchmark into `samples/epoch_{E}/` ("epoch") or `samples/step_{S}/` (any other moment); see `render_round`.
+
+    The contact sheets are brought up to date; if they cannot be, the log says so.
+    """
+    stamp, samples = now.strftime(TIMESTAMP), run.output_dir / "samples"
+    done = render_round(
         entries,
-        run.output_dir / "samples" / round_directory(moment, run.epoch, run.step),
+        samples / round_directory(moment, run.epoch, run.step),
         SampleModels.of_run(run, tokenizer),
         build_sampler,
         name_of=lambda i, b: training_picture_name(moment, run.epoch, run.step, stamp, i, b),
         text_of=lambda entry, seed: parameters_text(entry, seed, run.config["sample_sampler"], epoch=run.epoch, step=run.step),
         check_stop=check_stop,
     )
+    if done.paths:
+        try:
+            update_sheets(samples, done.paths, entries, run.config["sample_sampler"])
+        except Exception:  # as in a round: the training goes on
+            logger.exception("the contact sheets in %s could not be made", samples / SHEETS_FOLDER)
+    return done
 
 
 def render_evaluation_round(

@@ -221,7 +221,7 @@ def test_samples_are_rendered_before_training_and_at_the_triggers(train, tmp_pat
     with_samples = train("with", tables, sample_benchmark=str(benchmark), sample_every_n_epochs=1, sample_every_n_steps=4)
     assert losses(with_samples) == losses(train("without"))
     samples = tmp_path / "with" / "samples"
-    assert sorted(path.name for path in samples.iterdir()) == ["epoch_1", "epoch_2", "step_0", "step_4"]
+    assert sorted(path.name for path in samples.iterdir()) == ["epoch_1", "epoch_2", "sheets", "step_0", "step_4"]
     names = sorted(path.name for path in (samples / "epoch_2").iterdir())
     assert [name.split("_", 2)[2] for name in names] == ["e000002_00.png", "e000002_01-1.png", "e000002_01.png"]
     picture = Image.open(next((samples / "step_4").glob("*_00.png")))
