@@ -16,7 +16,7 @@ from sdxl_train.atomic import remove_leftovers
 from sdxl_train.errors import ConfigError
 
 TIMESTAMP = "%Y%m%d%H%M%S"
-SET_ASIDE = ("models", "train_state")
+SET_ASIDE = ("models", "train_state", "samples/sheets")  # the last: pictures of an earlier run are no part of this one's progress
 LOCK_NAME = ".lock"
 
 _PLACEHOLDER = re.compile("%(index|date|time|datetime)%")
@@ -80,8 +80,8 @@ def matching_output_dirs(pattern: str) -> list[Path]:
 def prepare_output_dir(path: Path, *, fresh: bool, now: datetime, warn: Callable[[str], None]) -> Path:
     """Make `models/`, `samples/` and a new `logs/<YYYYmmddHHMMSS>/` in a locked project folder, and return the latter.
 
-    Temporary files of killed runs are removed. A fresh run renames what an earlier one left in `models/` and `train_state/` to
-    `<name>.old-<YYYYmmddHHMMSS>`. A name that is taken counts on from `now` by seconds until it is free.
+    Temporary files of killed runs are removed. A fresh run renames what an earlier one left in `models/`, `train_state/` and
+    `samples/sheets/` to `<name>.old-<YYYYmmddHHMMSS>`. A name that is taken counts on from `now` by seconds until it is free.
 
     Args:
         fresh: the run does not resume.

@@ -122,15 +122,16 @@ def test_a_start_makes_the_tree_and_a_new_log_folder_each_time(tmp_path):
 
 
 def test_a_fresh_run_sets_models_and_states_of_an_earlier_one_aside(tmp_path):
-    for name in ("models/a.safetensors", "train_state/s/state.json", "samples/old.png"):
-        (tmp_path / name).parent.mkdir(parents=True)
+    for name in ("models/a.safetensors", "train_state/s/state.json", "samples/old.png", "samples/sheets/index.html"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("earlier")
     said: list[str] = []
     prepare_output_dir(tmp_path, fresh=True, now=NOW, warn=said.append)
     assert (tmp_path / "models.old-20240412205011/a.safetensors").read_text() == "earlier"
     assert (tmp_path / "train_state.old-20240412205011/s/state.json").read_text() == "earlier"
     assert list((tmp_path / "models").iterdir()) == [] and (tmp_path / "samples/old.png").exists()
-    assert len(said) == 2 and "models.old-20240412205011" in said[0]
+    assert (tmp_path / "samples/sheets.old-20240412205011/index.html").exists() and not (tmp_path / "samples/sheets").exists()
+    assert len(said) == 3 and "models.old-20240412205011" in said[0]
 
 
 def test_setting_aside_twice_in_one_second_keeps_both(tmp_path):
