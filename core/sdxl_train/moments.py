@@ -81,6 +81,7 @@ def finish(run: Run) -> Iterator[None]:
         run.parts.metrics.flush()
         _save_if_wanted(run, moment, is_last=True)
         _sample_if_wanted(run, moment)
+        run.parts.stop.check()  # a signal that came while the last samples were rendered
     except Interrupted as stop:
         moment = "keyboard_interrupt"
         run.parts.console.line(f"stopped by {stop} after step {run.step}")
