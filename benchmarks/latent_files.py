@@ -171,8 +171,10 @@ def _one_after_the_other(index: Index, settings: Settings, vae: VaeInUse) -> Non
     """Decode, encode, write: the loop that one would write first."""
     from sdxl_train.data.cache_writer import CacheWriter
     from sdxl_train.data.images import load_pixels_and_source
+    from sdxl_train.data.sharing import SharedCaches
 
-    writer = CacheWriter(index, settings.config.flip_aug, vae.digest, vae.precision, in_background=False)
+    shared = SharedCaches(index, range(len(index)), to_disk=True)
+    writer = CacheWriter(index, settings.config.flip_aug, vae.digest, vae.precision, in_background=False, shared=shared)
     max_pixels = settings.config.max_image_pixels
     for first in range(0, len(index), _VAE_BATCH):
         data = list(range(first, min(first + _VAE_BATCH, len(index))))

@@ -1,6 +1,7 @@
 """Saving while the training goes on: a snapshot in the main thread, the files in another, the news back in the main thread.
 
-One save is in flight at a time. A file or state is announced once it has been read back; only then are older ones removed.
+One save is in flight at a time. A file or state is announced, by a line on stderr, once it has been read back; only then are older ones
+removed. Plugins are told in the main thread, at the end of the next step.
 """
 
 from __future__ import annotations
@@ -76,7 +77,12 @@ class Saves:
         snapshot = self._snapshotter.take(run)
         self._check_room(snapshot)
         markers = file_markers(self._keys.prediction_type, self._keys.zero_terminal_snr)
-        job = _Job(run.step, reason, lambda: self._write(snapshot, metadata, markers))
+        console = run.parts.console
+
+        def announce(path: Path) -> None:
+            console.line(f"saved {path} ({reason})")
+
+        job = _Job(run.step, reason, lambda: self._write(snapshot, metadata, markers, announce, console.warn))
         job.thread = threading.Thread(target=job.run, name="save", daemon=True)
         self._job = job
         job.thread.start()
@@ -107,22 +113,32 @@ class Saves:
             return
         for path in job.paths:
             run.saved.setdefault(job.step, path)
-            run.parts.console.line(f"saved {path} ({job.reason})")
-        for path in job.paths:
             if path.suffix == SUFFIX:
                 run.parts.hooks.on_save(run=run, path=path, reason=job.reason)
 
-    def _write(self, snapshot: Snapshot, metadata: dict[str, str], markers: tuple[str, ...]) -> list[Path]:
-        """In the other thread: write, read back, prune. The paths, the model first."""
+    def _write(
+        self,
+        snapshot: Snapshot,
+        metadata: dict[str, str],
+        markers: tuple[str, ...],
+        announce: Callable[[Path], None],
+        warn: Callable[[str], None],
+    ) -> list[Path]:
+        """In the other thread: write, read back, announce, prune. The paths, the model first."""
         paths = []
         try:
             if self._keys.save_model:
                 paths.append(self._write_model(snapshot, metadata, markers))
+                announce(paths[-1])
             if self._keys.save_train_state:
                 paths.append(self._write_state(snapshot))
-            self._prune(snapshot.step)
+                announce(paths[-1])
         except OSError as error:
             raise NotSavedError(f"{error.filename or self._output_dir}: {os.strerror(error.errno) if error.errno else error}") from error
+        try:
+            self._prune(snapshot.step)
+        except OSError as error:
+            warn(f"an older save cannot be removed: {error.filename}: {error.strerror}")
         return paths
 
     def _write_model(self, snapshot: Snapshot, metadata: dict[str, str], markers: tuple[str, ...]) -> Path:
