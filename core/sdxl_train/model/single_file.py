@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from sdxl_train.errors import CheckpointError
 from sdxl_train.model.architecture import CONTEXT_LENGTH, Architecture, architecture_from_configs, architecture_from_shapes
+from sdxl_train.model.blank import blank_text_encoder, blank_text_encoder_2, blank_unet, blank_vae
 from sdxl_train.model.key_names import LOGIT_SCALE, POSITION_IDS, PREFIXES, Entry, PartName, file_entries, module_name, vae_entries
 from sdxl_train.model.weight_file import FLOAT_DTYPES, TensorSource, WeightFile
 
@@ -307,37 +308,26 @@ def _report_differences(
 
 def load_unet(checkpoint: Checkpoint, dtype: torch.dtype) -> UNet2DConditionModel:
     """Builds the U-Net on the CPU, in its own memory."""
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    config = checkpoint.architecture.to_diffusers_configs()["unet"]
-    return _build(checkpoint, "unet", lambda: UNet2DConditionModel(**config), dtype)
+    return _filled(blank_unet(checkpoint.architecture), checkpoint, "unet", dtype)
 
 
 def load_vae(checkpoint: Checkpoint, dtype: torch.dtype) -> AutoencoderKL:
     """Builds the VAE on the CPU, in its own memory."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    config = checkpoint.architecture.to_diffusers_configs()["vae"]
-    return _build(checkpoint, "vae", lambda: AutoencoderKL(**config), dtype)
+    return _filled(blank_vae(checkpoint.architecture), checkpoint, "vae", dtype)
 
 
 def load_text_encoders(
     checkpoint: Checkpoint, dtype: torch.dtype, dtype_2: torch.dtype | None = None
 ) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
     """Builds both text encoders on the CPU, in their own memory. `dtype_2`: of the second one; None takes `dtype`."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    configs = checkpoint.architecture.to_diffusers_configs()
-    config, config_2 = CLIPTextConfig(**configs["text_encoder"]), CLIPTextConfig(**configs["text_encoder_2"])
-    first = _build(checkpoint, "text_encoder", lambda: CLIPTextModel(config), dtype)
-    return first, _build(checkpoint, "text_encoder_2", lambda: CLIPTextModelWithProjection(config_2), dtype_2 or dtype)
+    first = _filled(blank_text_encoder(checkpoint.architecture), checkpoint, "text_encoder", dtype)
+    return first, _filled(blank_text_encoder_2(checkpoint.architecture), checkpoint, "text_encoder_2", dtype_2 or dtype)
 
 
-def _build(checkpoint: Checkpoint, part: PartName, make: Callable[[], Network], dtype: torch.dtype) -> Network:
+def _filled(network: Network, checkpoint: Checkpoint, part: PartName, dtype: torch.dtype) -> Network:
+    """A network from the meta device with the values of the checkpoint."""
     import torch
 
-    with torch.device("meta"):
-        network = make()
     values = module_tensors(checkpoint, part)
     names = list(network.state_dict())
     # Cloned: weights that are trained must not be views of the file.
