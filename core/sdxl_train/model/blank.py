@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from sdxl_train.model.architecture import Architecture
 
@@ -12,39 +13,42 @@ if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+    Network = TypeVar("Network", bound=torch.nn.Module)
+
 
 def blank_unet(architecture: Architecture, dtype: torch.dtype | None = None) -> UNet2DConditionModel:
     """The U-Net; `dtype`: of its weights, None is float32."""
-    import torch
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    with torch.device("meta"):
-        return UNet2DConditionModel(**architecture.to_diffusers_configs()["unet"]).to(dtype)  # pyright: ignore[reportArgumentType]
+    return _blank(lambda: UNet2DConditionModel(**architecture.to_diffusers_configs()["unet"]), dtype)
 
 
 def blank_vae(architecture: Architecture, dtype: torch.dtype | None = None) -> AutoencoderKL:
     """The VAE; `dtype` as in `blank_unet`."""
-    import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    with torch.device("meta"):
-        return AutoencoderKL(**architecture.to_diffusers_configs()["vae"]).to(dtype)  # pyright: ignore[reportArgumentType]
+    return _blank(lambda: AutoencoderKL(**architecture.to_diffusers_configs()["vae"]), dtype)
 
 
 def blank_text_encoder(architecture: Architecture, dtype: torch.dtype | None = None) -> CLIPTextModel:
     """Text encoder 1; `dtype` as in `blank_unet`."""
-    import torch
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    with torch.device("meta"):
-        return CLIPTextModel(CLIPTextConfig(**architecture.to_diffusers_configs()["text_encoder"])).to(dtype)  # pyright: ignore[reportArgumentType]
+    return _blank(lambda: CLIPTextModel(CLIPTextConfig(**architecture.to_diffusers_configs()["text_encoder"])), dtype)
 
 
 def blank_text_encoder_2(architecture: Architecture, dtype: torch.dtype | None = None) -> CLIPTextModelWithProjection:
     """Text encoder 2, with its projection; `dtype` as in `blank_unet`."""
-    import torch
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+    config = CLIPTextConfig(**architecture.to_diffusers_configs()["text_encoder_2"])
+    return _blank(lambda: CLIPTextModelWithProjection(config), dtype)
+
+
+def _blank(make: Callable[[], Network], dtype: torch.dtype | None) -> Network:
+    import torch
+
     with torch.device("meta"):
-        config = CLIPTextConfig(**architecture.to_diffusers_configs()["text_encoder_2"])
-        return CLIPTextModelWithProjection(config).to(dtype)  # pyright: ignore[reportArgumentType]
+        network = make()
+    torch.nn.Module.to(network, dtype)  # diffusers' own `to` warns that rounding may do harm, and there is nothing to round
+    return network
