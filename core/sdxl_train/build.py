@@ -61,7 +61,7 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
     networks = load_networks(base, keys)
     set_attention(networks.unet, vae.module, active_backend(settings.values))
     latents = _latents(dataset, vae, keys)
-    _to_device(networks, device, keys)
+    train_here(networks, device, keys)
 
     batches = num_batches(index, keys.batch_size)
     per_epoch = steps_per_epoch(batches, keys.gradient_accumulation_steps, 1)
@@ -128,7 +128,7 @@ def open_base(settings: Settings) -> Checkpoint:
     return base
 
 
-def _to_device(networks: Networks, device: torch.device, keys: Config) -> None:
+def train_here(networks: Networks, device: torch.device, keys: Config) -> None:
     """Bring the networks where they train. Parameters stay the same objects, or the optimizer would have others."""
     for network in networks.parts.values():
         network.to(device)

@@ -20,14 +20,17 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 class HostCopy:
-    """A tensor on its way to the CPU. From CUDA the copy is only queued, and an event tells when it has arrived."""
+    """A tensor on its way to the CPU. From CUDA the copy is only queued, and an event tells when it has arrived.
+
+    The meta device has no values: ones arrive from there.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
         import torch
 
         self._arrived: Event | None = None
         if tensor.device.type != "cuda":
-            self._values = tensor.cpu()
+            self._values = torch.ones(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.cpu()
             return
         self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._values.copy_(tensor, non_blocking=True)
