@@ -31,6 +31,7 @@ from sdxl_train.optimizer_state import groups_by_name
 from sdxl_train.precision import COMPUTE_DTYPES, Precision
 from sdxl_train.run import Parts, Run
 from sdxl_train.saves import Saves
+from sdxl_train.step_costs import StepCosts
 from sdxl_train.stopping import StopRequest
 from sdxl_train.update import Update
 
@@ -83,7 +84,7 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
         loader=BatchLoader(index, plugins, keys, latents.store if latents else None, keys.seed, device),
         recorder=LossRecorder(keys.loss_recorder_kwargs.gamma, keys.loss_recorder_kwargs.stride),
         metrics=MetricsReader(lambda metrics: _log(run, metrics)),
-        speed=Speed(),
+        speed=Speed(StepCosts.of(base.architecture, keys), device),
         samples=samples,
         latents=latents,
         long_captions=dataset.count_long_captions(tokenizer.count),
@@ -185,4 +186,4 @@ def _log(run: Run, metrics: dict[str, float]) -> None:
     run.parts.hooks.on_log(run=run, metrics=metrics)
     parts = run.parts
     label = f"epoch {int(metrics['epoch'])}/{parts.keys.num_train_epochs} step"
-    parts.console.progress(int(metrics["step"]), label, figures_of(metrics, parts.speed.images_per_s()))
+    parts.console.progress(int(metrics["step"]), label, figures_of(metrics))

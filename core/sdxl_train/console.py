@@ -103,8 +103,19 @@ def showing_log(console: Console) -> Iterator[None]:
         logging.getLogger("sdxl_train").removeHandler(lines)
 
 
-def figures_of(metrics: Mapping[str, float], images_per_s: float) -> str:
-    """The three losses and the speed, for the progress line."""
-    losses = ((name, metrics.get(f"{tag}/step")) for name, tag in (("loss", "loss"), ("avr", "loss_avr"), ("ema", "loss_ema")))
-    shown = [f"{name} {value:.4f}" for name, value in losses if value is not None]
-    return ", ".join([*shown, f"{images_per_s:.2f} img/s"])
+_FIGURES = (
+    ("loss/step", "loss {:.4f}"),
+    ("loss_avr/step", "avr {:.4f}"),
+    ("loss_ema/step", "ema {:.4f}"),
+    ("speed/img_per_s", "{:.2f} img/s"),
+    ("speed/tflop_per_s", "{:.3g} TFLOP/s"),
+    ("speed/mfu_percent", "MFU {:.1f}%"),
+    ("speed/data_wait_percent", "data wait {:.1f}%"),
+    ("speed/peak_gib", "peak {:.2f} GiB"),
+    ("speed/rss_gib", "RSS {:.2f} GiB"),
+)
+
+
+def figures_of(metrics: Mapping[str, float]) -> str:
+    """The three losses, speed and memory, for the progress line."""
+    return ", ".join(form.format(metrics[tag]) for tag, form in _FIGURES if tag in metrics)

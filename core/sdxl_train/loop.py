@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import torch
@@ -28,6 +29,7 @@ def train(run: Run) -> None:
     run.parts.hooks.on_train_start(run=run)
     with finish(run):
         before_first_step(run)
+        run.parts.speed.restart()
         while run.step < run.num_train_steps or run.epoch_is_open:
             if not run.epoch_is_open:
                 run.epoch += 1
@@ -74,6 +76,8 @@ def train_step(run: Run, batches: Iterator[Batch], num_micro_batches: int) -> Te
         run.parts.stop.check()
         batch = _next_batch(run, batches)
         keys_seen += batch.keys
+        height, width = batch.target_sizes[0]
+        run.parts.speed.batch_begun(len(batch), (width, height), batch.te1_ids.shape[1])
         if batch.pixels is not None:
             batch.latents, are_finite = encode_pixels(run.vae, batch.pixels, batch.places, run.device)
             encoded.append((batch, are_finite))
@@ -84,7 +88,7 @@ def train_step(run: Run, batches: Iterator[Batch], num_micro_batches: int) -> Te
         update.backward(loss / num_micro_batches)
     if not update.is_done_in_backward:
         run.parts.stop.check()
-    run.parts.speed.step_done(len(keys_seen))
+    run.parts.speed.step_done()
     if finite is None or not finite.is_finite():
         update.drop()
         _refuse_nonfinite_latents(run, encoded)
@@ -124,11 +128,14 @@ def training_loss(run: Run, batch: Batch) -> Tensor:
 
 
 def _next_batch(run: Run, batches: Iterator[Batch]) -> Batch:
+    began = time.perf_counter()
     try:
         return next(batches)
     except WorkerDiedError:
         run.parts.stop.check()  # a launcher's signal reaches the loader processes too: their death is part of the request to stop
         raise
+    finally:
+        run.parts.speed.waited(time.perf_counter() - began)
 
 
 def _refuse_nonfinite_latents(run: Run, encoded: list[tuple[Batch, Tensor]]) -> None:

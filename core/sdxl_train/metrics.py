@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sdxl_train.device_speed import device_peak_flops, peak_memory
 from sdxl_train.devices import HostCopy
+from sdxl_train.step_costs import StepCosts
 
 MAX_LAG_STEPS = 5
 MAX_LAG_S = 1.0
@@ -113,23 +115,72 @@ class FiniteCheck:
 
 
 class Speed:
-    """Pictures per second over the last steps."""
+    """How fast the last steps were, as the host saw them: nothing here asks the device for anything but its peak of memory.
 
-    def __init__(self) -> None:
-        self._ends: deque[tuple[float, int]] = deque(maxlen=SPEED_STEPS + 1)
+    Args:
+        costs: what steps cost; None leaves operations out.
+        device: which computes them.
+    """
 
-    def step_done(self, num_images: int) -> None:
-        """Count the pictures of a step that has just ended."""
-        total = self._ends[-1][1] if self._ends else 0
-        self._ends.append((time.perf_counter(), total + num_images))
+    def __init__(self, costs: StepCosts | None = None, device: torch.device | None = None) -> None:
+        self._costs = costs
+        self._device = device or torch.device("cpu")
+        self._peak_flops = device_peak_flops(self._device)
+        self._ends: deque[_Totals] = deque(maxlen=SPEED_STEPS + 1)
+        self.restart()
 
     def restart(self) -> None:
-        """Forget what was measured, after something that is no step."""
+        """Begin to measure, also after something that is no step."""
         self._ends.clear()
+        self._now = _Totals(time.perf_counter(), 0, 0, 0.0)
+        self._ends.append(self._now)
 
-    def images_per_s(self) -> float:
-        """0.0 until two steps have ended."""
-        if len(self._ends) < 2:
-            return 0.0
-        (start, before), (end, after) = self._ends[0], self._ends[-1]
-        return (after - before) / max(end - start, 1e-9)
+    def waited(self, seconds: float) -> None:
+        """Count time in which the loop had to wait for a batch."""
+        self._now = replace(self._now, waited_s=self._now.waited_s + seconds)
+
+    def batch_begun(self, num_images: int, size: tuple[int, int], num_chunks: int) -> None:
+        """Count a micro-batch.
+
+        Args:
+            size: (w, h) of its bucket in px.
+            num_chunks: of 77 tokens in each text.
+        """
+        flops = num_images * self._costs.of_sample(size, num_chunks) if self._costs else 0
+        self._now = replace(self._now, images=self._now.images + num_images, flops=self._now.flops + flops)
+
+    def step_done(self) -> None:
+        """A step has ended."""
+        self._now = replace(self._now, time=time.perf_counter())
+        self._ends.append(self._now)
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the last steps, up to 20, by their tags.
+
+        "speed/img_per_s"; "speed/tflop_per_s": of the model, without what gradient checkpointing computes again; "speed/mfu_percent": the
+        same of the device's dense bf16 peak, left out where that is not known; "speed/data_wait_percent": share of the time in which the
+        loop waited for a batch; "speed/peak_gib" (torch's on CUDA) or "speed/rss_gib" (the process's). No step done: the memory only.
+        """
+        first, last = self._ends[0], self._ends[-1]
+        seconds = last.time - first.time
+        found: dict[str, float] = {}
+        if seconds > 0:
+            found["speed/img_per_s"] = (last.images - first.images) / seconds
+            if self._costs:
+                flops_per_s = (last.flops - first.flops) / seconds
+                found["speed/tflop_per_s"] = flops_per_s / 1e12
+                if self._peak_flops:
+                    found["speed/mfu_percent"] = 100 * flops_per_s / self._peak_flops
+            found["speed/data_wait_percent"] = 100 * (last.waited_s - first.waited_s) / seconds
+        memory = peak_memory(self._device)
+        if memory:
+            found[f"speed/{memory[0]}_gib"] = memory[1] / 2**30
+        return found
+
+
+@dataclass(frozen=True)
+class _Totals:
+    time: float
+    images: int
+    flops: int
+    waited_s: float

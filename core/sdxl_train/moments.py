@@ -33,7 +33,7 @@ def after_step(run: Run, loss: Tensor | None, rates: Mapping[str, float | Tensor
     """
     run.step += 1
     run.parts.saves.poll(run)
-    metrics: dict[str, float | Tensor] = dict(rates)
+    metrics: dict[str, float | Tensor] = {**rates, **run.parts.speed.metrics()}
     if loss is not None:
         average, ema = run.parts.recorder.record(loss)
         metrics |= {"loss/step": loss, "loss_avr/step": average, "loss_ema/step": ema}

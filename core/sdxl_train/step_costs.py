@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from sdxl_train.learning_rates import NUM_BLOCKS, block_of
+from sdxl_train.learning_rates import NUM_BLOCKS, block_of, block_rates, text_encoder_rates
 from sdxl_train.model.architecture import CONTEXT_LENGTH, NUM_SIZE_IDS, PX_PER_LATENT, Architecture, TextArchitecture
 from sdxl_train.model.key_names import LOGIT_SCALE, POSITION_IDS, PREFIXES, PartName, file_entries
 from sdxl_train.model.layers import (
@@ -24,6 +25,9 @@ from sdxl_train.model.layers import (
     vae_encoder_layers,
 )
 
+if TYPE_CHECKING:
+    from sdxl_train.keys import Config
+
 ALL_BLOCKS = frozenset(range(NUM_BLOCKS))
 GATED_MLP = 4  # width of the transformers' MLP / channels; the gate doubles its first half
 
@@ -36,6 +40,16 @@ class Trained:
     text_encoder: bool = False
     text_encoder_2: bool = False
     unused_layers: int = 1  # of text encoder 1: behind the states that are used, `clip_skip`
+
+    @classmethod
+    def of(cls, keys: Config) -> Trained:
+        """What a configuration trains."""
+        if keys.block_lr is None:
+            blocks = ALL_BLOCKS if keys.learning_rate > 0 else frozenset[int]()
+        else:
+            blocks = frozenset(block for block, rate in enumerate(block_rates(keys.block_lr)) if rate > 0)
+        first, second = text_encoder_rates(keys)
+        return cls(blocks, first > 0, second > 0, max(1, keys.clip_skip))
 
     @property
     def text(self) -> bool:
@@ -61,6 +75,34 @@ class Flops:
 
 
 NO_FLOPS = Flops(0, 0)
+
+
+class StepCosts:
+    """The operations of the steps of a run, forward and backward.
+
+    Args:
+        encodes_latents: the VAE encodes in each step.
+    """
+
+    def __init__(self, architecture: Architecture, trained: Trained, encodes_latents: bool = False) -> None:
+        self._architecture = architecture
+        self._trained = trained
+        self._encodes_latents = encodes_latents
+        self._known: dict[tuple[tuple[int, int], int], int] = {}
+
+    @classmethod
+    def of(cls, architecture: Architecture, keys: Config) -> StepCosts:
+        """Those of a configuration."""
+        return cls(architecture, Trained.of(keys), not keys.cache_latents)
+
+    def of_sample(self, size: tuple[int, int], num_chunks: int) -> int:
+        """One sample of a bucket of (w, h) px, its text cut into so many chunks of 77 tokens."""
+        found = self._known.get((size, num_chunks))
+        if found is None:
+            found = step_flops(self._architecture, size, num_chunks, self._trained).total
+            found += vae_encode_flops(self._architecture, size) if self._encodes_latents else 0
+            self._known[size, num_chunks] = found
+        return found
 
 
 def num_parameters(architecture: Architecture) -> dict[PartName, int]:
