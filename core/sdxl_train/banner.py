@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sdxl_train.config import Settings
+from sdxl_train.memory_estimate import estimate_memory, largest_bucket
 from sdxl_train.model.attention import active_backend
 from sdxl_train.plugin_discovery import OWN_DISTRIBUTION
 from sdxl_train.plugins import Loaded
@@ -32,6 +33,7 @@ def banner(run: Run, settings: Settings) -> str:
         f"precision: {_precision(run)}; attention: {active_backend(values)}; device: {run.device}"
         + "".join(f"; {name.replace('_', ' ')}" for name in ("gradient_checkpointing", "fused_backward", "compile") if values[name])
         + ("; channels last" if run.device.type == "cuda" else ""),
+        f"predicted peak memory: {estimate_memory(settings, run.parts.base.architecture, largest_bucket(run.parts.index.summary.buckets))}",
         f"optimizer: {_named(run, 'optimizer_type')}; schedule: {_named(run, 'lr_scheduler')}, warm-up {keys.lr_warmup_steps} steps",
         f"timesteps: {_named(run, 'timestep_sampler_type')} in [{keys.min_timestep}, {keys.max_timestep})",
         f"loss: {_named(run, 'loss_type')}",

@@ -1,7 +1,7 @@
 """`sdxl-train check`: the whole plan of a training and everything that is wrong with it, from files and headers alone.
 
-No weights are loaded, torch is not imported, and nothing is created or claimed. What only the libraries know, such as whether an
-optimizer takes an argument, is found when the training starts.
+No weights are loaded, torch is not imported (except to measure memory), and nothing is created or claimed. What only the libraries
+know, such as whether an optimizer takes an argument, is found when the training starts.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 
 from sdxl_train.base_marks import contradicted_marks
 from sdxl_train.check_files import SavePlan, equal_files, latent_bytes, planned_saves, space_warnings
+from sdxl_train.check_memory import MemoryPlan, planned_memory
 from sdxl_train.config import Settings, read_settings
 from sdxl_train.config_rules import schedule_warnings
 from sdxl_train.console import Console
@@ -30,7 +31,7 @@ from sdxl_train.data.encoding import check_pictures
 from sdxl_train.data.epoch_plan import num_batches, steps_per_epoch
 from sdxl_train.data.indexing import nothing_to_train, warn_of_silent_data
 from sdxl_train.dataset import read_dataset
-from sdxl_train.errors import CheckpointError, ConfigError, DataError, Problem
+from sdxl_train.errors import CheckpointError, ConfigError, DataError, Problem, SdxlTrainError
 from sdxl_train.model.single_file import Checkpoint, open_checkpoint, vae_encoder_digest
 from sdxl_train.model.text import check_clip_skip
 from sdxl_train.model.tokenizer import PromptTokenizer, load_tokenizers
@@ -97,6 +98,7 @@ class Plan:
         effective_batch: samples of an optimizer step.
         tokens: texts longer than `max_token_length`.
         caches: None also without `cache_latents`.
+        memory: None also where nothing is trained.
         duplicates: paths of pictures that are trained and have equal bytes, in groups.
     """
 
@@ -121,17 +123,19 @@ class Plan:
     tokens: TokenReport | None = None
     caches: CachePlan | None = None
     saves: SavePlan | None = None
+    memory: MemoryPlan | None = None
     duplicates: list[list[str]] | None = None
     warnings: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
-def run_check(file: Path, sets: list[str] | tuple[str, ...], as_json: bool, decode: bool) -> int:
+def run_check(file: Path, sets: list[str] | tuple[str, ...], as_json: bool, decode: bool, measure_memory: bool = False) -> int:
     """Print the plan on stdout, as text or as one JSON object.
 
     Args:
         sets: the `--set KEY=VALUE` arguments.
         decode: decode every picture that the training would decode, and read every cache it would read.
+        measure_memory: run a step on the meta device; this loads torch.
     Returns:
         the exit code: 0; 2 where there are problems; 130 after Ctrl-C.
     Raises:
@@ -142,7 +146,7 @@ def run_check(file: Path, sets: list[str] | tuple[str, ...], as_json: bool, deco
     console = Console()
     try:
         with _leaving_no_traces():
-            plan = make_plan(file, sets, decode, console)
+            plan = make_plan(file, sets, decode, console, measure_memory)
     except KeyboardInterrupt:
         return 130
     finally:
@@ -164,7 +168,7 @@ def _leaving_no_traces() -> Iterator[None]:
         sys.dont_write_bytecode = before
 
 
-def make_plan(file: Path, sets: list[str] | tuple[str, ...], decode: bool, console: Console) -> Plan:
+def make_plan(file: Path, sets: list[str] | tuple[str, ...], decode: bool, console: Console, measure_memory: bool = False) -> Plan:
     """See `run_check`. Progress is shown on the console.
 
     Raises:
@@ -187,6 +191,11 @@ def make_plan(file: Path, sets: list[str] | tuple[str, ...], decode: bool, conso
     except DataError as error:
         plan.problems.append(Problem("caption", str(error)))
     _look_at_disk(index, settings, base, to_encode, plan)
+    if base is not None:
+        try:
+            plan.memory = planned_memory(settings, base, index, measure_memory, console)
+        except SdxlTrainError as error:
+            plan.problems.append(Problem("config", str(error)))
     return plan
 
 

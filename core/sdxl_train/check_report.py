@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from sdxl_train.memory_estimate import shown_parts
 from sdxl_train.text_display import listed, printable
 
 if TYPE_CHECKING:
@@ -16,13 +17,19 @@ _LISTED = 20
 
 
 def as_json_object(plan: Plan) -> str:
-    """Every field of the plan under its name; null where it could not be found out; of a problem only what it has. One line, ASCII."""
+    """Every field of the plan under its name; null where it could not be found out. One line, ASCII.
+
+    Of a problem only what it has; of memory also its `total` in bytes.
+    """
     fields = asdict(plan)
     for name in ("problems", "bad_pictures"):
         fields[name] = fields[name] and [_problem_fields(problem) for problem in fields[name]]
     if plan.tokens is not None:
         worst = [{"key": key, "tokens": tokens} for key, tokens in plan.tokens.worst]
         fields["tokens"] = {"over": plan.tokens.num_over, "worst": worst}
+    for part in (fields["memory"] or {}).values():
+        if part is not None:
+            part["total"] = sum(part["bytes_by_part"].values())
     return json.dumps(fields) + "\n"
 
 
@@ -31,8 +38,8 @@ def _problem_fields(problem: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_text(plan: Plan) -> str:
-    """The plan in plain lines: what is trained, what is left out, buckets, steps, texts, caches, saves, notes, warnings, problems."""
-    parts = (_data, _buckets, _steps, _texts, _caches, _saves, _duplicates)
+    """The plan in plain lines: what is trained, what is left out, and what that takes, notes, warnings, problems."""
+    parts = (_data, _buckets, _steps, _texts, _caches, _memory, _saves, _duplicates)
     lines = [line for part in parts for line in part(plan)] if plan.images is not None else []
     lines += _section("warnings", plan.warnings)
     lines += _section("problems", [problem.message for problem in plan.problems])
@@ -112,6 +119,18 @@ def _caches(plan: Plan) -> Iterator[str]:
         yield f"  made again: {reason}"
     if len(caches.invalid) > _LISTED:
         yield f"  and {len(caches.invalid) - _LISTED} more caches that are made again"
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    if plan.memory is None:
+        return
+    predicted, measured = plan.memory.predicted, plan.memory.measured
+    yield "memory at its peak, for a batch of {} at {}x{}:".format(predicted.batch_size, *predicted.size)
+    yield f"  predicted: {predicted}"
+    if measured is not None:
+        waits = f"{len(measured.waits)} waits for the device{': ' if measured.waits else ''}{listed(measured.waits, _LISTED)}"
+        yield f"  measured:  {shown_parts(measured.bytes_by_part)}; without the CUDA context"
+        yield f"  the step: {measured.flops / 1e12:.3g} TFLOP, {measured.num_kernels} kernels, {waits}"
 
 
 def _saves(plan: Plan) -> Iterator[str]:

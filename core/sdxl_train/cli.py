@@ -55,11 +55,12 @@ def check(
     settings: Settings = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     decode: Annotated[bool, typer.Option("--decode", help="Decode every picture too: finds damage that headers do not show.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Measure the memory of a step too, without a GPU: half a minute.")] = False,
 ) -> None:
     """Report the plan of a training and every problem, without loading a model."""
     from sdxl_train.check import run_check
 
-    sys.exit(run_check(file, settings or (), as_json, decode))
+    sys.exit(run_check(file, settings or (), as_json, decode, memory))
 
 
 @app.command()
