@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sdxl_train.model.architecture import CONTEXT_LENGTH, PX_PER_LATENT, Architecture, TextArchitecture
-from sdxl_train.model.layers import Conv, ResNet, Transformer, level_sizes, unet_layers, vae_encoder_layers
+from sdxl_train.model.architecture import CONTEXT_LENGTH, LATENT_CHANNELS, PX_PER_LATENT, Architecture, TextArchitecture
+from sdxl_train.model.layers import Conv, ResNet, Transformer, level_sizes, unet_layers
 from sdxl_train.step_costs import Trained
 
 FLOAT32 = 4
@@ -78,19 +78,15 @@ def unet_units(architecture: Architecture, size: tuple[int, int], tokens: int, t
         elif isinstance(layer, Transformer):
             units += _transformer_units(layer, n, tokens, architecture.context_width, is_trained, computation)
         else:
-            is_last = not layer.resamples and layer.block > 1
-            units.append(_conv_unit(layer, pixels, is_last, is_trained, computation))
+            units.append(_conv_unit(layer, pixels, is_trained, computation))
     return units
 
 
-def _conv_unit(layer: Conv, pixels: list[int], is_last: bool, is_trained: bool, computation: Computation) -> Unit:
-    """A convolution keeps its input: what it is to halve, or what was enlarged before it. The last one has a norm before it."""
-    n, inputs = pixels[layer.level], layer.inputs
-    c = computation.compute_bytes
-    kept = inputs * n * c
-    if layer.resamples and layer.block < 10:
-        kept = inputs * pixels[layer.level - 1] * c
-    if is_last:
+def _conv_unit(layer: Conv, pixels: list[int], is_trained: bool, computation: Computation) -> Unit:
+    """A convolution keeps its input: what it halves, or what was enlarged before it. The last one has a norm and a SiLU before it."""
+    n, inputs, c = pixels[layer.level], layer.inputs, computation.compute_bytes
+    kept = inputs * (pixels[layer.level - 1] if layer.resamples == "down" else n) * c
+    if layer.channels == LATENT_CHANNELS:
         kept = computation.of_norm(inputs * n) + inputs * n * (FLOAT32 if computation.uses_autocast else c)
     parameters = layer.kernel**2 * inputs * layer.channels
     return _unit(kept, kept, (inputs + layer.channels) * n * c, parameters, parameters, is_trained, computation, checkpointed=False)
@@ -105,7 +101,7 @@ def _resnet_unit(layer: ResNet, n: int, time_width: int, is_trained: bool, compu
         full += inputs * c
     largest = 9 * layer.channels * max(layer.inputs, layer.channels)
     parameters = (9 * (layer.inputs + layer.channels) + time_width + layer.inputs * (layer.inputs != layer.channels)) * layer.channels
-    work = (2 * FLOAT32 if computation.uses_autocast else 3 * c) * (inputs + width)
+    work = (27 if computation.uses_autocast else 9 * c) * width  # measured: gradients on their way through the second half
     return _unit(inputs * c, full, work, parameters, largest, is_trained, computation)
 
 
@@ -124,7 +120,7 @@ def _transformer_units(layer: Transformer, n: int, tokens: int, context: int, is
     mlp = computation.of_norm(width) + (8 + 4 + 4) * width * c
     parameters = (6 + 12) * square + 2 * context * channels
     full = attention + cross + mlp + scores
-    work = 16 * width * c + (layer.heads * n * n * 2 * _of_score(computation) if computation.keeps_scores else 0)
+    work = (28 if computation.uses_autocast else 20) * width * c + (layer.heads * n * n * FLOAT32 if computation.keeps_scores else 0)
     for _ in range(layer.layers):
         yield _unit(width * c, full, work, parameters, 8 * square, is_trained, computation)
     yield _unit(0, width * c, 2 * width * c, square, square, is_trained, computation, checkpointed=False)
@@ -167,7 +163,8 @@ def _text_unit(text: TextArchitecture, tokens: int, computation: Computation) ->
 
 
 def vae_encoder_bytes(architecture: Architecture, size: tuple[int, int], compute_bytes: int) -> int:
-    """What encoding a picture needs at its peak, without gradients: input and output of a layer, and a third tensor for a norm."""
-    pixels = level_sizes(*size, len(architecture.vae_channels))
-    layers = (layer for layer in vae_encoder_layers(architecture) if isinstance(layer, ResNet))
-    return max((layer.inputs + 2 * layer.channels) * pixels[layer.level] for layer in layers) * compute_bytes
+    """What encoding a picture needs at its peak, without gradients: the input of a level, and four tensors of its second ResNet block."""
+    channels = architecture.vae_channels
+    pixels = level_sizes(*size, len(channels))
+    inputs = (channels[0], *channels)
+    return max((inputs[level] + 4 * channels[level]) * pixels[level] for level in range(len(channels))) * compute_bytes

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from sdxl_train.kept_activations import Computation, Unit, text_units, unet_units, vae_encoder_bytes
 from sdxl_train.learning_rates import block_of
 from sdxl_train.model.architecture import Architecture
+from sdxl_train.model.attention import active_backend
 from sdxl_train.model.key_names import PREFIXES, TRAINABLE_PARTS, file_entries
 from sdxl_train.optimizer_memory import OptimizerMemory, optimizer_memory
 from sdxl_train.step_costs import Trained, num_parameters
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS = "weights", "gradients", "optimizer state", "activations"
 WEIGHT_COPIES, TEXT_ENCODERS, VAE, CONTEXT = "autocast weight copy", "text encoders", "VAE", "CUDA context"
 CONTEXT_BYTES = int(0.7 * 2**30)
-_WITHOUT_SCORES = ("mem_eff_attn", "xformers", "diffusers_xformers", "sdpa")
 _BYTES = {"no": 4, "bf16": 2, "fp16": 2}
 
 
@@ -77,7 +77,7 @@ def estimate_memory(settings: Settings, architecture: Architecture, size: tuple[
     trained = Trained.of(keys)
     choice = next(choice for choice in settings.plugins.choices if choice.key == "optimizer_type")
     optimizer = optimizer_memory(choice.name, choice.options, weight)
-    computation = Computation(weight, compute, keys.gradient_checkpointing, not any(settings.values[key] for key in _WITHOUT_SCORES))
+    computation = Computation(weight, compute, keys.gradient_checkpointing, active_backend(settings.values) == "plain")
 
     counts = num_parameters(architecture)
     parts: Counter[str] = Counter({CONTEXT: CONTEXT_BYTES})
@@ -90,15 +90,14 @@ def estimate_memory(settings: Settings, architecture: Architecture, size: tuple[
 
     units = text_units(architecture, trained, keys.max_token_length, computation)
     units += unet_units(architecture, size, keys.max_token_length + 2, trained, computation)
-    counts_of_tensors = [math.prod(shape) for shape in shapes]
     step = _Step(
         batch_size=keys.batch_size,
         computation=computation,
         optimizer=optimizer,
         is_fused=keys.fused_backward,
         accumulates=keys.gradient_accumulation_steps > 1,
-        num_trained=sum(counts_of_tensors),
-        largest=max(counts_of_tensors, default=0),
+        num_trained=sum(math.prod(shape) for shape in shapes),
+        num_stacked=_largest_stack(shapes, optimizer.stack),
     )
     peak = step.peak(units)
     if not keys.cache_latents:
@@ -122,13 +121,19 @@ def _trained_shapes(architecture: Architecture, trained: Trained) -> list[tuple[
     return shapes
 
 
+def _largest_stack(shapes: list[tuple[int, ...]], limit: int) -> int:
+    """Numbers in the largest stack of tensors of one shape, of which each holds as many as the limit has room for, and at least one."""
+    counts = Counter(shapes)
+    return max((math.prod(shape) * max(1, min(count, limit // math.prod(shape))) for shape, count in counts.items()), default=0)
+
+
 @dataclass(frozen=True)
 class _Step:
     """
     Attributes:
         is_fused: `fused_backward`.
         accumulates: gradients of an earlier micro-batch are there from the start.
-        num_trained, largest: numbers in all tensors that are trained, and in the largest of them.
+        num_trained, num_stacked: numbers in all tensors that are trained, and in those that are updated at once.
     """
 
     batch_size: int
@@ -137,15 +142,14 @@ class _Step:
     is_fused: bool
     accumulates: bool
     num_trained: int
-    largest: int
+    num_stacked: int
 
     def peak(self, units: list[Unit]) -> Counter[str]:
         """Of what comes and goes in a step, when it is most: in the backward pass of a unit, or in the update."""
         computation, weight = self.computation, self.computation.weight_bytes
         peak = Counter[str]()
         if not self.is_fused:
-            together = max(self.largest, min(self.optimizer.stack, self.num_trained))
-            peak = Counter({GRADIENTS: self.num_trained * weight, ACTIVATIONS: int(together * self.optimizer.update)})
+            peak = Counter({GRADIENTS: self.num_trained * weight, ACTIVATIONS: int(self.num_stacked * self.optimizer.update)})
         kept = sum(unit.kept for unit in units)
         copies = 0 if computation.checkpoints else sum(unit.copied for unit in units)
         gradients = self.num_trained * weight if self.accumulates else 0

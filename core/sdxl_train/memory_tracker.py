@@ -17,21 +17,23 @@ from torch import Tensor
 from sdxl_train.build import train_here
 from sdxl_train.cuda_stand_in import CudaStandIn
 from sdxl_train.data.batches import Batch
+from sdxl_train.data.captions import TokenReport
 from sdxl_train.data.index import Index
 from sdxl_train.data.loader import BatchLoader
 from sdxl_train.diffusion import NoiseSchedule
 from sdxl_train.loop import train_step
 from sdxl_train.loss_recorder import LossRecorder
 from sdxl_train.memory_estimate import GRADIENTS, OPTIMIZER, TEXT_ENCODERS, VAE, WEIGHT_COPIES, WEIGHTS
-from sdxl_train.metrics import MetricsReader, Speed
+from sdxl_train.metrics import EpochLoss, MetricsReader, Speed
 from sdxl_train.model.architecture import CONTEXT_LENGTH, LATENT_CHANNELS, PX_PER_LATENT
-from sdxl_train.model.attention import set_attention
+from sdxl_train.model.attention import OF_XFORMERS, active_backend, set_attention
 from sdxl_train.model.blank import blank_vae
 from sdxl_train.model.tokenizer import PromptTokenizer
 from sdxl_train.networks import Networks, blank_networks
 from sdxl_train.precision import COMPUTE_DTYPES, Precision
 from sdxl_train.randomness import sample_place
 from sdxl_train.run import Parts, Run
+from sdxl_train.saves import Saves
 from sdxl_train.step_costs import StepCosts
 from sdxl_train.stopping import StopRequest
 from sdxl_train.storage_tracker import StorageTracker
@@ -107,8 +109,9 @@ def _blank_run(settings: Settings, base: Checkpoint, index: Index, console: Cons
     networks = blank_networks(base.architecture, keys)
     vae = blank_vae(base.architecture, torch.float32 if keys.no_half_vae else COMPUTE_DTYPES[keys.mixed_precision])
     vae.requires_grad_(False).eval()
-    set_attention(networks.unet, vae, "sdpa" if keys.sdpa else "plain")
-    train_here(networks, _META, keys)
+    backend = active_backend(settings.values)
+    set_attention(networks.unet, vae, "sdpa" if backend in OF_XFORMERS else backend)  # it is on GPUs only, and needs as much
+    train_here(networks, _META, keys.model_copy(update={"compile": False}))
     _assign_weights(tracker, networks, vae)
     for group in networks.param_groups:
         for parameter in group["params"]:
@@ -131,7 +134,10 @@ def _blank_run(settings: Settings, base: Checkpoint, index: Index, console: Cons
         latents=None,
         precision=precision,
         update=Update(optimizer, lr_scheduler, keys, _META),
-        long_captions=None,  # pyright: ignore[reportArgumentType]
+        saves=Saves(keys, base, Path()),
+        epoch_loss=EpochLoss(),
+        first_groups={},
+        long_captions=TokenReport(0, ()),
     )
     run = _BlankRun(
         config=settings.values,

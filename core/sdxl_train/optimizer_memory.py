@@ -34,15 +34,16 @@ class OptimizerMemory:
 def optimizer_memory(name: str, options: Mapping[str, Any], weight_bytes: int) -> OptimizerMemory:
     """
     Args:
-        name: of `optimizer_type`.
+        name: of `optimizer_type`, in any case of letters.
         options: those that were given; the others have their defaults.
         weight_bytes: of a number in the trained weights.
     """
     rounds = weight_bytes == BFLOAT16 and options.get("stochastic_rounding", True)
-    if name == "AdaFactor":
+    name = name.lower()
+    if name == "adafactor":
         mean = FLOAT32 if options.get("beta1") is not None else 0
         return OptimizerMemory(lambda shape: _factored(shape) + mean * math.prod(shape), _FACTORED_UPDATE, STACK_ELEMENTS)
-    if name == "AdamW":
+    if name == "adamw":
         dtype = str(options.get("state_dtype") or ("bfloat16" if rounds else "float32"))
         of_one = BFLOAT16 if dtype.endswith(("bf16", "bfloat16")) else FLOAT32
         number = 3 if options.get("amsgrad") else 2
@@ -51,8 +52,8 @@ def optimizer_memory(name: str, options: Mapping[str, Any], weight_bytes: int) -
     known = {"adamw8bit": 2 * _QUANTISED, "pagedadamw8bit": 2 * _QUANTISED, "pagedadamw32bit": 2.0 * FLOAT32}
     known |= {"lion8bit": _QUANTISED, "pagedlion8bit": _QUANTISED, "sgdnesterov8bit": _QUANTISED}
     known |= {"lion": float(weight_bytes), "sgdnesterov": float(weight_bytes)}
-    if name.lower() in known:
-        return _per_element(known[name.lower()])
+    if name in known:
+        return _per_element(known[name])
     return _per_element(_UNKNOWN, is_known=False)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # The keys that choose a backend, the strongest first; with none of them attention is "plain": matrix products and a softmax.
 BACKENDS = ("mem_eff_attn", "xformers", "diffusers_xformers", "sdpa")
-_OF_XFORMERS = ("xformers", "diffusers_xformers")
+OF_XFORMERS = ("xformers", "diffusers_xformers")
 
 
 def active_backend(values: Mapping[str, Any]) -> str:
@@ -35,7 +35,7 @@ def backend_problem(values: Mapping[str, Any]) -> str | None:
     Neither torch nor xformers is imported. `check_backend` finds the rest.
     """
     backend = active_backend(values)
-    if backend not in _OF_XFORMERS:
+    if backend not in OF_XFORMERS:
         return None
     if importlib.util.find_spec("xformers") is None:
         return _unusable(backend, "the package xformers is not installed")
@@ -53,7 +53,7 @@ def check_backend(backend: str, device: torch.device, dtype: torch.dtype, vae_dt
     Raises:
         ConfigError: it cannot be used; with the cause.
     """
-    if backend not in _OF_XFORMERS:
+    if backend not in OF_XFORMERS:
         return
     import torch
 

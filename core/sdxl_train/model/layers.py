@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from sdxl_train.model.architecture import LATENT_CHANNELS, Architecture
 
@@ -15,7 +16,7 @@ class Conv:
     Attributes:
         level: of its output: 0 has the full size, each further one half of it in each direction.
         block: of `block_lr`; 0 in the VAE. The same in the other layers.
-        resamples: it changes the level.
+        resamples: "down": its output is of the next level; "up": its input was enlarged to that of its output.
     """
 
     level: int
@@ -23,7 +24,7 @@ class Conv:
     inputs: int
     channels: int
     kernel: int = 3
-    resamples: bool = False
+    resamples: Literal["down", "up"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ def unet_layers(architecture: Architecture) -> Iterator[UNetLayer]:
             skips.append(width)
         if level < last:
             block += 1
-            yield Conv(level + 1, block, width, width, resamples=True)
+            yield Conv(level + 1, block, width, width, resamples="down")
             skips.append(width)
     yield ResNet(last, block + 1, width, width)
     yield Transformer(last, block + 2, width, heads[last], depths[last])
@@ -96,7 +97,7 @@ def unet_layers(architecture: Architecture) -> Iterator[UNetLayer]:
             if depths[level]:
                 yield Transformer(level, block, width, heads[level], depths[level])
             if level > 0 and i == 2:
-                yield Conv(level - 1, block, width, width, resamples=True)
+                yield Conv(level - 1, block, width, width, resamples="up")
     yield Conv(0, block + 1, width, LATENT_CHANNELS)
 
 
@@ -110,7 +111,7 @@ def vae_encoder_layers(architecture: Architecture) -> Iterator[VaeLayer]:
         yield ResNet(level, 0, out, out)
         width = out
         if level < last:
-            yield Conv(level + 1, 0, width, width, resamples=True)
+            yield Conv(level + 1, 0, width, width, resamples="down")
     yield from _vae_middle(last, width)
     yield Conv(last, 0, width, 2 * LATENT_CHANNELS)
     yield Conv(last, 0, 2 * LATENT_CHANNELS, 2 * LATENT_CHANNELS, kernel=1)
@@ -128,7 +129,7 @@ def vae_decoder_layers(architecture: Architecture) -> Iterator[VaeLayer]:
             yield ResNet(level, 0, width, channels[level])
             width = channels[level]
         if level > 0:
-            yield Conv(level - 1, 0, width, width, resamples=True)
+            yield Conv(level - 1, 0, width, width, resamples="up")
     yield Conv(0, 0, width, 3)
 
 
