@@ -6,6 +6,7 @@ import traceback
 import weakref
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import flop_registry
 TEMPORARY = "activations"  # what belongs to no other part: activations, and what an operation or the optimizer needs for a moment
 
 _ATEN = torch.ops.aten
+_MODES = ("storage_tracker", "cuda_stand_in")  # what computes for others
 _READS = frozenset({_ATEN._local_scalar_dense.default, _ATEN.nonzero.default, _ATEN.is_nonzero.default, _ATEN.equal.default})
 # These compute the scores a second time, which is no operation of the model.
 _FUSED_BACKWARD = frozenset({_ATEN._scaled_dot_product_flash_attention_backward, _ATEN._scaled_dot_product_efficient_attention_backward})
@@ -84,9 +86,11 @@ class StorageTracker(TorchDispatchMode):
 
     def _read(self, func: Any, args: tuple[Any, ...]) -> Any:
         """Note a read, and answer ones so that the step goes on."""
-        ours = [frame for frame in traceback.extract_stack() if "sdxl_train" in frame.filename and frame.filename != __file__]
-        frame = ours[-1] if ours else traceback.extract_stack()[-2]
-        self.reads.append(f"{frame.filename}:{frame.lineno} ({func._overloadpacket.__name__})")
+        here = Path(__file__).parent
+        frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).stem not in _MODES]
+        ours = [frame for frame in frames if here in Path(frame.filename).parents]
+        frame = (ours or frames)[-1]
+        self.reads.append(f"{Path(frame.filename).name}:{frame.lineno} ({func._overloadpacket.__name__})")
         if func is _ATEN.nonzero.default:
             return torch.zeros(1, args[0].dim(), dtype=torch.int64, device="meta")
         return torch.ones((), dtype=args[0].dtype).item() if func is _ATEN._local_scalar_dense.default else True
