@@ -21,9 +21,10 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str,
     Args:
         names: of the parameters, by `id`.
     """
-    state = optimizer.state_dict()
+    state = optimizer.state_dict()["state"]
     numbered = _numbered(optimizer, names)
-    return {"state": {numbered[i]: values for i, values in state["state"].items()}, "groups": groups_by_name(optimizer)}
+    # Sorted: in which order an optimizer made its state is no part of it, and equal states are to give equal files.
+    return {"state": {numbered[i]: dict(sorted(state[i].items())) for i in sorted(state)}, "groups": groups_by_name(optimizer)}
 
 
 def groups_by_name(optimizer: Optimizer) -> dict[str, dict[str, Any]]:
