@@ -8,13 +8,13 @@ docs/benchmarks.md says what each line is.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import check_command
@@ -22,6 +22,7 @@ import latent_files
 import pictures
 import starts
 from measuring import Line, Sizes
+from table import as_json, as_table, metrics_of
 
 GROUPS: dict[str, tuple[Callable[[Path, Sizes], Iterator[Line]], ...]] = {
     "C4": (starts.cold_lines,),
@@ -32,7 +33,6 @@ GROUPS: dict[str, tuple[Callable[[Path, Sizes], Iterator[Line]], ...]] = {
     "C9": (latent_files.cache_lines,),
     "C14": (check_command.check_lines,),
 }
-_HEADINGS = ("goal of", "measured", "count", "value", "plain alternative", "ratio", "goal", "met")
 
 
 def main() -> None:
@@ -50,50 +50,19 @@ def main() -> None:
                 lines.append(line)
                 if not arguments.json:
                     print(f"{time.monotonic() - start:5.0f} s  {line.metric or '-':4}{line.what}", file=sys.stderr, flush=True)
-    print(_as_json(lines) if arguments.json else _table(lines))
+    print(as_json(lines) if arguments.json else as_table(lines))
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measures how the data of a training are read; see docs/benchmarks.md.")
-    parser.add_argument("--only", type=_metrics, default=list(GROUPS), metavar="C4,C7", help=f"of {', '.join(GROUPS)}; absent: all")
+    metrics = partial(metrics_of, GROUPS)
+    parser.add_argument("--only", type=metrics, default=list(GROUPS), metavar="C4,C7", help=f"of {', '.join(GROUPS)}; absent: all")
     parser.add_argument("--rows", type=int, metavar="N", help="data of the index for C4, C5 and C6; absent: 1000000")
     parser.add_argument("--quick", action="store_true", help="one repeat of everything, fewer pictures")
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes: only to see that it works")
     parser.add_argument("--dir", type=Path, help="keep what is made in this folder, and use it again; absent: a folder that is removed")
     parser.add_argument("--json", action="store_true", help="print a list of objects in place of the table")
     return parser.parse_args()
-
-
-def _metrics(text: str) -> list[str]:
-    metrics = text.split(",")
-    if unknown := [metric for metric in metrics if metric not in GROUPS]:
-        raise argparse.ArgumentTypeError(f"there is no {', '.join(unknown)}; choose from {', '.join(GROUPS)}")
-    return metrics
-
-
-def _as_json(lines: list[Line]) -> str:
-    return json.dumps([{**asdict(line), "ratio": line.ratio, "is_met": line.is_met} for line in lines], indent=1)
-
-
-def _table(lines: list[Line]) -> str:
-    """Markdown, so that it can be pasted into docs/benchmarks.md."""
-    rows = [_HEADINGS, *map(_cells, lines)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
-    padded = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    rule = " | ".join("-" * width for width in widths)
-    return "\n".join(f"| {row} |" for row in (padded[0], rule, *padded[1:]))
-
-
-def _cells(line: Line) -> tuple[str, ...]:
-    plain = "" if line.plain is None else f"{_number(line.plain)} {line.plain_what}"
-    ratio = "" if line.ratio is None else f"{line.ratio:.3g}"
-    met = {True: "yes", False: "NO", None: ""}[line.is_met]
-    value = f"{_number(line.value)} {line.unit}"
-    return line.metric, line.what, str(line.count), value, plain, ratio, str(line.goal) if line.goal else "", met
-
-
-def _number(value: float) -> str:
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 if __name__ == "__main__":
