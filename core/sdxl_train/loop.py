@@ -69,7 +69,7 @@ def train_step(run: Run, batches: Iterator[Batch], num_micro_batches: int) -> Te
     batch_losses: list[Tensor] = []
     keys_seen: list[str] = []
     encoded: list[tuple[Batch, Tensor]] = []  # batches encoded in this step, and whether each of their latents is finite
-    finite = None
+    losses = finite = None
     update = run.parts.update
     update.begin(run.step + 1)
     for i in range(num_micro_batches):
@@ -84,19 +84,20 @@ def train_step(run: Run, batches: Iterator[Batch], num_micro_batches: int) -> Te
         loss = training_loss(run, batch)
         batch_losses.append(loss.detach())
         if i == num_micro_batches - 1:
-            finite = FiniteCheck(torch.stack(batch_losses))  # copied before the last backward pass is queued, read after it
+            losses = torch.stack(batch_losses)
+            finite = FiniteCheck(losses)  # copied before the last backward pass is queued, read after it
         update.backward(loss / num_micro_batches)
     if not update.is_done_in_backward:
         run.parts.stop.check()
     run.parts.speed.step_done()
-    if finite is None or not finite.is_finite():
+    if losses is None or finite is None or not finite.is_finite():
         update.drop()
         _refuse_nonfinite_latents(run, encoded)
         _drop(run, keys_seen)
         return None
     update.apply()
     run.dropped_in_a_row = 0
-    return torch.stack(batch_losses).mean()
+    return losses.mean()
 
 
 def training_loss(run: Run, batch: Batch) -> Tensor:
@@ -115,7 +116,7 @@ def training_loss(run: Run, batch: Batch) -> Tensor:
 
     with run.text_context():
         prompt_embeds, pooled = encode_prompts(batch.te1_ids, batch.te2_ids, *run.text_encoders, keys.clip_skip)
-    sizes = (torch.tensor(pairs) for pairs in (batch.original_sizes, batch.crops, batch.target_sizes))
+    sizes = torch.tensor([batch.original_sizes, batch.crops, batch.target_sizes])  # [3, B, 2]
     time_ids = to_device(make_add_time_ids(*sizes), run.device)  # [B, 6]
     with run.autocast():
         model_pred = predict(run.unet, noisy_latents, timesteps, prompt_embeds, pooled, time_ids)

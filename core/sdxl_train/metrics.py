@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -107,11 +108,11 @@ class FiniteCheck:
     """Whether a step's losses are finite, asked before the backward pass is queued and answered after, without draining the device."""
 
     def __init__(self, losses: Tensor) -> None:
-        self._answer = HostCopy(torch.isfinite(losses).all())
+        self._losses = HostCopy(losses)
 
     def is_finite(self) -> bool:
         """Wait for the losses alone (not for the backward pass behind them)."""
-        return bool(self._answer.wait())
+        return all(map(math.isfinite, self._losses.wait().tolist()))
 
 
 class Speed:

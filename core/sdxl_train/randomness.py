@@ -10,9 +10,11 @@ import random as python_random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
+from numpy.typing import NDArray
 
 from sdxl_train.devices import to_device
 
@@ -30,9 +32,20 @@ def stream_key(*place: object) -> bytes:
     return digest.digest()
 
 
+class _Key(ISeedSequence):
+    """The key of a Philox stream. `Philox(key=...)` gives the same stream, but asks the system for entropy first, and drops it."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = np.frombuffer(key, np.uint64)
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> NDArray[Any]:
+        assert n_words == len(self._key) and dtype is self._key.dtype.type, "Philox has keys of two 64-bit words"
+        return self._key
+
+
 def generator(*place: object) -> np.random.Generator:
     """A numpy generator at the start of the stream of a place."""
-    return np.random.Generator(np.random.Philox(key=np.frombuffer(stream_key(*place), np.uint64)))
+    return np.random.Generator(np.random.Philox(_Key(stream_key(*place))))  # pyright: ignore[reportArgumentType]
 
 
 def sample_place(seed: int, epoch: int, datum_key: str, occurrence: int) -> bytes:

@@ -84,6 +84,11 @@ def test_known_values_do_not_change() -> None:
     assert generator(place, "noise").bit_generator.random_raw(2).tolist() == [4878258110070858634, 4079681189904666883]
 
 
+def test_a_stream_is_philox_keyed_with_its_place() -> None:
+    keyed = np.random.Generator(np.random.Philox(key=np.frombuffer(stream_key("place", 7), np.uint64)))
+    assert generator("place", 7).standard_normal(9).tolist() == keyed.standard_normal(9).tolist()
+
+
 def test_a_fetch_has_its_own_random_and_streams() -> None:
     assert FetchRandom("f", 1).random() == FetchRandom("f", 1).random() != FetchRandom("f", 2).random()
     fetch = FetchRandom("f", 1)
