@@ -7,7 +7,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3 py
 # One thread a process: more threads than cores make tests slow, and sums of floats depend on their number.
 TESTING := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow lint generated bench-data clean
+.PHONY: demo test test-slow lint generated bench-data bench-step bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -29,6 +29,14 @@ generated: $(VENV)/installed
 # Some minutes and 5 GB of disk; `make bench-data ARGS="--quick --only C7"` measures a part.
 bench-data: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data.py $(ARGS)
+
+# Some minutes; `make bench-step ARGS="--quick --only C1"` measures a part.
+bench-step: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step.py $(ARGS)
+
+# Needs one CUDA GPU.
+bench-gpu: $(VENV)/installed
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 clean:
 	rm -rf $(VENV)

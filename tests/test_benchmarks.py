@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-DATA = Path(__file__).parents[1] / "benchmarks" / "data.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 HEADINGS = ["goal of", "measured", "count", "value", "plain alternative", "ratio", "goal", "met"]
 
 
@@ -17,8 +18,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("made")
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(DATA), "--tiny", *map(str, arguments)], capture_output=True, text=True)
+def run(*arguments: object, script: str = "data.py", tiny: bool = True) -> subprocess.CompletedProcess[str]:
+    options = ["--tiny"] if tiny else []
+    return subprocess.run([sys.executable, str(BENCHMARKS / script), *options, *map(str, arguments)], capture_output=True, text=True)
 
 
 def lines(folder: Path, metric: str) -> list[dict[str, Any]]:
@@ -82,3 +84,50 @@ def test_the_table_names_each_goal_and_whether_it_is_met(folder: Path) -> None:
 def test_an_unknown_goal_is_named_with_those_that_there_are() -> None:
     done = run("--only", "C7,C99")
     assert done.returncode == 2 and "there is no C99; choose from C4, C5, C6, C7, C8, C9, C14" in done.stderr
+
+
+def step_lines(metrics: str) -> list[dict[str, Any]]:
+    done = run("--only", metrics, "--json", script="step.py")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_trainer_is_measured_beside_a_plain_loop_and_hooks_beside_direct_calls() -> None:
+    found = step_lines("C1,C12")
+    limits = [(line["metric"], line["goal"]["limit"], line["goal"]["of_ratio"]) for line in found]
+    assert limits == [("C1", 1.02, True), ("C1", 1, False)] * 2 + [("C12", 60, False)] * 2
+    assert all(line["value"] > 0 and line["plain"] > 0 for line in found[:5])
+    outside = [(line["value"], line["plain"]) for line in found[1:4:2]]
+    assert all(part < whole["value"] and plain < whole["plain"] for (part, plain), whole in zip(outside, found[0:4:2], strict=True))
+
+
+def test_updates_of_as_many_tensors_as_sdxl_has_are_measured() -> None:
+    found = step_lines("C2")
+    assert {line["count"] for line in found} == {1680} and all_positive(found)
+    assert {line["goal"]["limit"] for line in found if line["goal"]} == {5}
+
+
+def test_waits_and_memory_are_counted_without_a_device() -> None:
+    found = step_lines("C3,C13")
+    assert [line["value"] for line in found if line["metric"] == "C3"] == [0, 0, 0]
+    memory = [line for line in found if line["metric"] == "C13"]
+    assert [line["goal"]["limit"] for line in memory] == [5.9, 16.5, 11.0, 41.5]
+    with_frozen = [line["value"] for line in found if not line["metric"]]
+    assert all(0 < line["value"] < more for line, more in zip(memory, with_frozen, strict=True))
+
+
+def test_every_goal_of_a_gpu_has_figures_and_levels() -> None:
+    done = run("--json", script="gpu.py")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)["figures"]
+    assert {figure["metric"] for figure in figures} - {""} == {f"G{number}" for number in (1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12)}
+    assert all(figure["levels"] for figure in figures if figure["metric"])
+    assert all(figure["value"] > 0 for figure in figures if figure["value"] is not None)
+    ways = [figure["what"].rsplit(", ")[-1] for figure in figures if figure["metric"] == "G1"]
+    assert ways == ["eager", "compiled"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_the_benchmark_says_what_it_needs() -> None:
+    done = run(script="gpu.py", tiny=False)
+    assert done.returncode == 2 and "needs one CUDA GPU" in done.stderr and not done.stdout
