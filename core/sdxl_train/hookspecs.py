@@ -55,9 +55,11 @@ class HookSpecs:
         """Make the optimizer. Pick: `optimizer_type`.
 
         Args:
-            param_groups: dicts with `params` (list of Parameter), `lr` (float) and `name` ("unet", "text_encoder1", "text_encoder2").
+            param_groups: dicts with `params` (list of Parameter), `lr` (float), `param_names` (a name for each parameter) and `name`
+                ("unet" or "block0" ... "block22", "text_encoder1", "text_encoder2").
         Returns:
-            A torch Optimizer over exactly these groups. None is an error.
+            A torch Optimizer over exactly these groups. None is an error. One that has `grad_scale`, `found_inf`, `step_key`, `begin_step`
+            and `step_parameter` (see `sdxl_train/masked_optimizer.py`) can take the clipping factor by itself and serve `fused_backward`.
         """
         raise AssertionError
 
