@@ -77,6 +77,7 @@ class Update:
         self._masked.found_inf = (~torch.isfinite(loss.detach())).float()
         self.is_under_way = True
         self._masked.begin_step()
+        self._optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue] # or torch warns that `step` was not called
         loss.backward()
         self.is_under_way = False
 
