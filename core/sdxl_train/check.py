@@ -30,6 +30,7 @@ from sdxl_train.data.captions import TokenReport, token_report
 from sdxl_train.data.encoding import check_pictures
 from sdxl_train.data.epoch_plan import num_batches, steps_per_epoch
 from sdxl_train.data.indexing import nothing_to_train, warn_of_silent_data
+from sdxl_train.data.sharing import SharedCaches
 from sdxl_train.dataset import read_dataset
 from sdxl_train.errors import CheckpointError, ConfigError, DataError, Problem, SdxlTrainError
 from sdxl_train.model.single_file import Checkpoint, open_checkpoint, vae_encoder_digest
@@ -318,7 +319,7 @@ def _look_at_disk(index: Index, settings: Settings, base: Checkpoint | None, to_
     """What will be written, where, and whether it fits."""
     keys, wanted = settings.config, dict[str, int]()
     if plan.caches is not None and to_encode is not None:
-        rows = [row for row in to_encode if index.num_repeats[row] > 0]
+        rows = SharedCaches(index, [row for row in to_encode if index.num_repeats[row] > 0], keys.cache_latents_to_disk).to_encode
         if keys.cache_latents_to_disk:
             for row in rows:
                 folder = os.path.dirname(index.image_paths[row]) or "."

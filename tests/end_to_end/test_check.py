@@ -149,3 +149,13 @@ def test_a_cache_that_cannot_be_used_is_a_problem_where_there_is_no_picture(
     code, plan = check(file, decode=True)
     assert code == 2
     assert [(problem["kind"], problem["path"]) for problem in plan["problems"]] == [("cache", str(pictures / "long.npz"))]
+
+
+def test_a_picture_under_two_keys_is_to_be_encoded_once(check, cli, config, pictures: Path, tmp_path: Path) -> None:
+    picture = str(pictures / "square0.png")
+    (tmp_path / "two.json").write_text(json.dumps({key: {"image_path": picture, "caption": key} for key in ("first", "second")}))
+    file = config(metadata_files=[str(tmp_path / "two.json")])
+    code, plan = check(file)
+    assert (code, plan["images"], plan["caches"]["to_encode"]) == (0, 2, 1)
+    ended = cli(file, "--set", "max_train_steps=1")
+    assert ended.code == 0 and "1 encoded now" in ended.err
