@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from sdxl_train.base_marks import contradicted_marks
+from sdxl_train.check_files import refuse_full_disk
 from sdxl_train.config import Settings
 from sdxl_train.config_rules import schedule_warnings
 from sdxl_train.console import Console, figures_of
@@ -50,6 +51,7 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
     samples = list(settings.samples)
     device, precision = pick_device(keys), Precision.of(keys)
     base = open_base(settings)
+    refuse_full_disk(settings, base, output_dir)
     if samples:
         # A sampler that cannot do what is asked says so now.
         plugins.hooks.build_sampler(noise_scheduler=NoiseSchedule(keys.prediction_type, keys.zero_terminal_snr))

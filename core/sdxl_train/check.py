@@ -334,5 +334,5 @@ def _look_at_disk(index: Index, settings: Settings, base: Checkpoint | None, to_
     except ConfigError as error:
         plan.problems.append(Problem("config", str(error), key="output_dir"))
         return
-    wanted[plan.saves.disk_of] = wanted.get(plan.saves.disk_of, 0) + plan.saves.bytes
+    wanted[plan.saves.disk_of] = wanted.get(plan.saves.disk_of, 0) + plan.saves.bytes + plan.saves.states_bytes
     plan.warnings += space_warnings(wanted)

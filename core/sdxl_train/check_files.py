@@ -1,4 +1,4 @@
-"""What a training would write and what that needs on the disk, and which of its pictures are equal; without loading a tensor."""
+"""What a training will write and what that needs on the disk, and which of its pictures are equal; without loading a tensor."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ import numpy as np
 from sdxl_train.data.index import pair
 from sdxl_train.data.latent_file import file_digest
 from sdxl_train.errors import ConfigError
+from sdxl_train.memory_estimate import train_state_bytes
 from sdxl_train.model.architecture import LATENT_CHANNELS, PX_PER_LATENT
 from sdxl_train.model.key_names import POSITION_IDS
 from sdxl_train.model.safetensors_header import DTYPE_BITS
 from sdxl_train.model.weight_file import FLOAT_DTYPES, SAVE_PRECISIONS
 from sdxl_train.plugin_discovery import OWN_DISTRIBUTION
+from sdxl_train.state_directory import states_in
 from sdxl_train.text_display import shown
 
 if TYPE_CHECKING:
@@ -42,7 +44,9 @@ class SavePlan:
         steps: after which steps, ascending.
         first, last: their paths; None where nothing is saved.
         model_bytes: of one model, about.
-        bytes: of all of them.
+        bytes: of all of them that are there at once: with `keep_models` one more than these, while it is written.
+        state_bytes: of one train state, about; 0 where none are saved.
+        states_bytes: of all that are there at once: one more than `keep_train_states`.
         free_bytes: on the disk of `output_dir`.
         disk_of: the folder that was asked for it: `output_dir`, or what is there of its parents.
         further_triggers: names of plugins that may ask for more.
@@ -54,6 +58,8 @@ class SavePlan:
     last: str | None
     model_bytes: int
     bytes: int
+    state_bytes: int
+    states_bytes: int
     free_bytes: int
     disk_of: str
     further_triggers: list[str]
@@ -69,11 +75,13 @@ def planned_saves(settings: Settings, base: Checkpoint, output_dir: Path, steps_
     disk_of = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     if not (disk_of.is_dir() and os.access(disk_of, os.W_OK | os.X_OK)):
         raise ConfigError(f"output_dir: {shown(str(output_dir))} cannot be used: {shown(str(disk_of))} is no folder that can be written to")
-    steps = save_steps(settings.values, steps_per_epoch, num_train_steps) if keys.save_model else []
+    all_steps = save_steps(settings.values, steps_per_epoch, num_train_steps)
+    steps = all_steps if keys.save_model else []
     paths = [
         str(output_dir / "models" / f"{keys.output_name}_ep{math.ceil(step / steps_per_epoch)}_step{step}.safetensors") for step in steps
     ]
     size = model_bytes(base, keys.save_precision)
+    state = train_state_bytes(settings, base.architecture) if keys.save_train_state else 0
     further = [
         one.target.name for one in settings.plugins.of_key("save_triggers") if not one.target.origin.startswith(f"{OWN_DISTRIBUTION} ")
     ]
@@ -83,11 +91,39 @@ def planned_saves(settings: Settings, base: Checkpoint, output_dir: Path, steps_
         first=paths[0] if paths else None,
         last=paths[-1] if paths else None,
         model_bytes=size,
-        bytes=size * len(steps),
+        bytes=size * _at_once(len(steps), keys.keep_models),
+        state_bytes=state,
+        states_bytes=state * _at_once(len(all_steps), keys.keep_train_states),
         free_bytes=shutil.disk_usage(disk_of).free,
         disk_of=str(disk_of),
         further_triggers=further,
     )
+
+
+def _at_once(num_saves: int, num_kept: int) -> int:
+    return min(num_saves, num_kept + 1) if num_kept else num_saves
+
+
+def refuse_full_disk(settings: Settings, base: Checkpoint, output_dir: Path) -> None:
+    """Refuse to begin where the disk has no room for a model and for one train state more than are kept; those that are there count.
+
+    Raises:
+        ConfigError: with the bytes that are free and needed.
+    """
+    keys, triggers = settings.config, ("save_on_train_end", "save_on_keyboard_interrupt", "save_on_exception")
+    periodic = ("save_every_n_steps", "save_every_n_epochs")
+    if not any(settings.values.get(key) for key in (*triggers, *periodic)):
+        return
+    needed = model_bytes(base, keys.save_precision) if keys.save_model else 0
+    if keys.save_train_state:
+        there = min(len(states_in(output_dir)), keys.keep_train_states)
+        needed += train_state_bytes(settings, base.architecture) * (keys.keep_train_states + 1 - there)
+    free = shutil.disk_usage(output_dir).free
+    if free < needed:
+        raise ConfigError(
+            f"output_dir: the disk of {shown(str(output_dir))} has {free} bytes free, and a model and train states need {needed}; "
+            "make room, or take a smaller save_precision, keep_train_states = 1, or save_train_state = false"
+        )
 
 
 def save_steps(values: Mapping[str, object], steps_per_epoch: int, num_train_steps: int) -> list[int]:

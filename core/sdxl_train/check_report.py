@@ -139,8 +139,10 @@ def _saves(plan: Plan) -> Iterator[str]:
         return
     count = len(saves.steps)
     yield f"output_dir: {saves.output_dir}, {_size(saves.free_bytes)} free on its disk"
-    needs = f", of about {_size(saves.model_bytes)} each, {_size(saves.bytes)} in all" if count else ""
+    needs = f", of about {_size(saves.model_bytes)} each, {_size(saves.bytes)} at once" if count else ""
     yield f"models to save: {count}{needs}"
+    if saves.state_bytes:
+        yield f"train states: of about {_size(saves.state_bytes)} each, {_size(saves.states_bytes)} at once"
     if count:
         steps = ", ".join(map(str, saves.steps[:_LISTED])) + (f", and {count - _LISTED} more" if count > _LISTED else "")
         yield f"  after the steps {steps}; the last is {saves.last}"

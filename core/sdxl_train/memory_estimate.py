@@ -107,6 +107,15 @@ def estimate_memory(settings: Settings, architecture: Architecture, size: tuple[
     return MemoryEstimate({name: size for name, size in parts.items() if size}, size, keys.batch_size, optimizer.is_known)
 
 
+def train_state_bytes(settings: Settings, architecture: Architecture) -> int:
+    """Of a train state on the disk: weights in the dtype they train in, and the optimizer's state, 8 bytes a parameter if it is not known."""
+    keys = settings.config
+    weight = _BYTES[keys.mixed_precision] if keys.full_bf16 or keys.full_fp16 else 4
+    choice = next(choice for choice in settings.plugins.choices if choice.key == "optimizer_type")
+    optimizer = optimizer_memory(choice.name, choice.options, weight)
+    return int(sum(math.prod(shape) * weight + optimizer.state(shape) for shape in _trained_shapes(architecture, Trained.of(keys))))
+
+
 def _trained_shapes(architecture: Architecture, trained: Trained) -> list[tuple[int, ...]]:
     """Of all tensors that are trained, as the networks hold them."""
     shapes: list[tuple[int, ...]] = []

@@ -159,3 +159,23 @@ def test_a_picture_under_two_keys_is_to_be_encoded_once(check, cli, config, pict
     assert (code, plan["images"], plan["caches"]["to_encode"]) == (0, 2, 1)
     ended = cli(file, "--set", "max_train_steps=1")
     assert ended.code == 0 and "1 encoded now" in ended.err
+
+
+@pytest.mark.parametrize("optimizer", ["AdaFactor", "AdamW"])
+def test_the_size_of_a_train_state_is_predicted(check, cli, config, tmp_path: Path, optimizer) -> None:
+    file = config(optimizer_type=optimizer, max_train_steps=2, train_text_encoder=True)
+    _, plan = check(file)
+    assert cli(file).code == 0
+    (state,) = (tmp_path / "out" / "train_state").iterdir()
+    written = sum((state / name).stat().st_size for name in ("weights.safetensors", "optimizer.safetensors"))
+    assert plan["saves"]["state_bytes"] == pytest.approx(written, rel=0.05)
+    assert plan["saves"]["states_bytes"] == plan["saves"]["state_bytes"]  # one save, at the end
+
+
+def test_a_disk_without_room_for_a_save_is_refused_before_the_first_step(cli, config, tmp_path: Path, monkeypatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    ended = cli(config())
+    assert ended.code == 2 and "1000 bytes free" in ended.err and "keep_train_states" in ended.err
+    assert list((tmp_path / "out" / "models").iterdir()) == []
+    assert cli(config(save_on_train_end=False, save_on_keyboard_interrupt=False, save_on_exception=False, max_train_steps=1)).code == 0
