@@ -66,7 +66,7 @@ def sampled(config, tmp_path: Path):
 def result(folder: Path, metrics) -> tuple[list, dict[str, torch.Tensor]]:
     """Every logged number but the time, and the tensors of the last model."""
     (model,) = (folder / "models").iterdir()
-    return [{name: value for name, value in line.items() if name != "time"} for line in metrics(folder)], load_file(model)
+    return [{name: value for name, value in line.items() if name != "time" and not name.startswith("speed/")} for line in metrics(folder)], load_file(model)
 
 
 def assert_equal(one: tuple, other: tuple) -> None:
