@@ -108,7 +108,7 @@ def estimate_memory(settings: Settings, architecture: Architecture, size: tuple[
 
 
 def train_state_bytes(settings: Settings, architecture: Architecture) -> int:
-    """Of a train state on the disk: weights in the dtype they train in, and the optimizer's state, 8 bytes a parameter if it is not known."""
+    """Of a train state on the disk: weights in the dtype they train in, and the optimizer's state (8 bytes a parameter if unknown)."""
     keys = settings.config
     weight = _BYTES[keys.mixed_precision] if keys.full_bf16 or keys.full_fp16 else 4
     choice = next(choice for choice in settings.plugins.choices if choice.key == "optimizer_type")
