@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -49,7 +49,8 @@ class StopRequest:
             return
         if self.writes_into is not None:
             for directory, _, _ in os.walk(self.writes_into):
-                remove_leftovers(Path(directory))
+                with suppress(OSError):  # another thread may be writing there; the next start removes what stays
+                    remove_leftovers(Path(directory))
         os._exit(128 + self.signum)
 
 
