@@ -72,7 +72,7 @@ def planned_saves(settings: Settings, base: Checkpoint, output_dir: Path, steps_
         ConfigError: `output_dir` cannot be made there.
     """
     keys = settings.config
-    disk_of = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    disk_of = _existing(output_dir)
     if not (disk_of.is_dir() and os.access(disk_of, os.W_OK | os.X_OK)):
         raise ConfigError(f"output_dir: {shown(str(output_dir))} cannot be used: {shown(str(disk_of))} is no folder that can be written to")
     all_steps = save_steps(settings.values, steps_per_epoch, num_train_steps)
@@ -100,6 +100,11 @@ def planned_saves(settings: Settings, base: Checkpoint, output_dir: Path, steps_
     )
 
 
+def _existing(path: Path) -> Path:
+    """The folder, or what is there of its parents."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
 def _at_once(num_saves: int, num_kept: int) -> int:
     return min(num_saves, num_kept + 1) if num_kept else num_saves
 
@@ -118,7 +123,7 @@ def refuse_full_disk(settings: Settings, base: Checkpoint, output_dir: Path) -> 
     if keys.save_train_state:
         there = min(len(states_in(output_dir)), keys.keep_train_states)
         needed += train_state_bytes(settings, base.architecture) * (keys.keep_train_states + 1 - there)
-    free = shutil.disk_usage(output_dir).free
+    free = shutil.disk_usage(_existing(output_dir)).free
     if free < needed:
         raise ConfigError(
             f"output_dir: the disk of {shown(str(output_dir))} has {free} bytes free, and a model and train states need {needed}; "
