@@ -8,7 +8,6 @@ docs/benchmarks.md says what each line is.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ import latent_files
 import pictures
 import starts
 from measuring import Line, Sizes
-from table import as_json, as_table, metrics_of
+from table import as_json, as_table, metrics_of, told
 
 GROUPS: dict[str, tuple[Callable[[Path, Sizes], Iterator[Line]], ...]] = {
     "C4": (starts.cold_lines,),
@@ -46,10 +45,8 @@ def main() -> None:
     lines: list[Line] = []
     with nullcontext(arguments.dir) if arguments.dir else tempfile.TemporaryDirectory() as folder:
         for group in groups:
-            for line in group(Path(folder).absolute(), sizes):
-                lines.append(line)
-                if not arguments.json:
-                    print(f"{time.monotonic() - start:5.0f} s  {line.metric or '-':4}{line.what}", file=sys.stderr, flush=True)
+            found = group(Path(folder).absolute(), sizes)
+            lines += found if arguments.json else told(found, start)
     print(as_json(lines) if arguments.json else as_table(lines))
 
 

@@ -22,7 +22,7 @@ import gpu_vae
 import torch
 from gpu_figures import Figure, as_objects, as_table
 from gpu_steps import Bench, Scale
-from table import metrics_of
+from table import metrics_of, told
 
 from sdxl_train.device_speed import device_peak_flops
 
@@ -58,9 +58,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), scale)
         for metric in sorted(set(arguments.only), key=list(GROUPS).index):
-            for figure in _measured(metric, bench, Path(folder)):
-                figures.append(figure)
-                print(f"{time.monotonic() - start:5.0f} s  {figure.metric or '-':4}{figure.what}", file=sys.stderr, flush=True)
+            figures += told(_measured(metric, bench, Path(folder)), start)
         bench.free()
     if arguments.json:
         print(json.dumps({"device": device_name, "torch": torch.__version__, "figures": as_objects(figures, device_name)}, indent=1))

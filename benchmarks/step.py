@@ -8,7 +8,6 @@ docs/benchmarks.md says what each line is.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ import meta_steps
 import optimizers
 import trainer_steps
 from measuring import Line, in_own_process
-from table import as_json, as_table, metrics_of
+from table import as_json, as_table, metrics_of, told
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,8 @@ def main() -> None:
     lines: list[Line] = []
     with tempfile.TemporaryDirectory() as folder:
         for metric in dict.fromkeys(arguments.only):
-            for line in GROUPS[metric](Path(folder), counts):
-                lines.append(line)
-                if not arguments.json:
-                    print(f"{time.monotonic() - start:5.0f} s  {line.metric or '-':4}{line.what}", file=sys.stderr, flush=True)
+            found = GROUPS[metric](Path(folder), counts)
+            lines += found if arguments.json else told(found, start)
     print(as_json(lines) if arguments.json else as_table(lines))
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from typing import Protocol, TypeVar
 
 from measuring import Line
 
@@ -18,6 +21,25 @@ def metrics_of(known: Iterable[str], text: str) -> list[str]:
     if unknown := [metric for metric in metrics if metric not in known]:
         raise argparse.ArgumentTypeError(f"there is no {', '.join(unknown)}; choose from {', '.join(known)}")
     return metrics
+
+
+class _Named(Protocol):
+    """A line or figure: of which goal, and what it is."""
+
+    @property
+    def metric(self) -> str | None: ...
+    @property
+    def what(self) -> str: ...
+
+
+Found = TypeVar("Found", bound=_Named)
+
+
+def told(found: Iterable[Found], start: float) -> Iterator[Found]:
+    """Name each line on stderr as it comes, with the seconds since `start` (by time.monotonic)."""
+    for one in found:
+        print(f"{time.monotonic() - start:5.0f} s  {one.metric or '-':4}{one.what}", file=sys.stderr, flush=True)
+        yield one
 
 
 def as_json(lines: Iterable[Line]) -> str:

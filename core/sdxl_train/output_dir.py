@@ -46,7 +46,7 @@ def resolve_output_dir(pattern: str, now: datetime, *, claim: bool = True) -> Pa
     indexed = [i for i, part in enumerate(parts) if "%index%" in part]
     if not indexed:
         return Path(dated)
-    with _file_errors(pattern):
+    with file_errors(pattern):
         for index in itertools.count():
             numbered = [part.replace("%index%", str(index)) for part in parts]
             claimed = Path(*numbered[: indexed[-1] + 1])
@@ -90,7 +90,7 @@ def prepare_output_dir(path: Path, *, fresh: bool, now: datetime, warn: Callable
     Raises:
         ConfigError: something cannot be made or renamed there.
     """
-    with _file_errors(path):
+    with file_errors(path):
         for directory in _directories(path):
             remove_leftovers(directory)
         if fresh:
@@ -121,11 +121,11 @@ def locked_output_dir(path: Path, now: datetime) -> Iterator[None]:
     Raises:
         ConfigError: another run holds it (the message names process, host and start), or the file system cannot lock.
     """
-    with _file_errors(path):
+    with file_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         lock = os.fdopen(os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")
     with lock:
-        with _file_errors(path):
+        with file_errors(path):
             if not _lock(lock.fileno()):
                 holder = _holder(lock.read(4096))
                 raise ConfigError(f"output_dir: {path} is in use by another run{holder}; wait for its end or choose another folder")
@@ -202,7 +202,7 @@ def _free_stamp(now: datetime, taken: Callable[[str], bool]) -> str:
 
 
 @contextmanager
-def _file_errors(path: Path | str) -> Iterator[None]:
+def file_errors(path: Path | str) -> Iterator[None]:
     """Turns what the file system says about `output_dir` into a ConfigError."""
     try:
         yield

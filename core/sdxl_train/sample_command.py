@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING
 from sdxl_train.config import Settings
 from sdxl_train.console import Console, showing_log
 from sdxl_train.errors import ConfigError
-from sdxl_train.output_dir import TIMESTAMP, matching_output_dirs, resolve_output_dir
+from sdxl_train.output_dir import TIMESTAMP, file_errors, matching_output_dirs, resolve_output_dir
+from sdxl_train.processes import refuse_several_processes
 from sdxl_train.stopping import StopRequest, ending_with_its_code
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def run_sample(settings: Settings, out: Path | None) -> None:
     Raises:
         SdxlTrainError: found before the first picture.
     """
-    _refuse_several_processes()
+    refuse_several_processes("sampling")
     console = Console()
     with showing_log(console):
         for warning in settings.warnings:
@@ -51,7 +51,7 @@ def evaluation_dir(pattern: str, now: datetime) -> Path:
     Raises:
         ConfigError: it cannot be made.
     """
-    try:
+    with file_errors(pattern):
         runs = [path for path in matching_output_dirs(pattern) if (path / "logs").is_dir()]
         newest = max(runs, key=lambda path: (path / "logs").stat().st_mtime, default=None)
         samples = (newest or resolve_output_dir(pattern, now, claim=False)) / "samples"
@@ -63,10 +63,6 @@ def evaluation_dir(pattern: str, now: datetime) -> Path:
             except FileExistsError:
                 continue
             return directory
-    except OSError as error:
-        raise ConfigError(f"output_dir: {pattern!r} cannot be used: {error.strerror} ({error.filename})") from error
-    except ValueError as error:  # a NUL in the name
-        raise ConfigError(f"output_dir: {pattern!r} cannot be used: {error}") from error
     raise AssertionError("itertools.count ended")
 
 
@@ -174,8 +170,3 @@ def _made(directory: Path) -> Path:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--out: {str(directory)!r} cannot be made: {error}") from error
     return directory
-
-
-def _refuse_several_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("sampling in several processes is not built yet in this version; start sdxl-train alone")

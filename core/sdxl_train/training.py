@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from datetime import datetime
@@ -13,8 +12,8 @@ from sdxl_train.banner import banner, summary
 from sdxl_train.config import Settings
 from sdxl_train.console import Console, showing_log
 from sdxl_train.control import forget_requests
-from sdxl_train.errors import ConfigError
 from sdxl_train.output_dir import locked_output_dir, prepare_output_dir, resolve_output_dir
+from sdxl_train.processes import refuse_several_processes
 from sdxl_train.resuming import changes, find_state, refuse_other_training, set_later_saves_aside
 from sdxl_train.stopping import StopRequest, ending_with_its_code
 
@@ -28,7 +27,7 @@ def run_training(settings: Settings) -> None:
     Raises:
         SdxlTrainError: found before step 1.
     """
-    _refuse_several_processes()
+    refuse_several_processes("training")
     console = Console()
     with showing_log(console):
         for warning in settings.warnings:
@@ -81,8 +80,3 @@ def _resume(run: Run, state: Path, now: datetime) -> bool:
     set_later_saves_aside(run.output_dir, run.parts.keys.output_name, run.step, now, console.line)
     console.line(f"resuming: {state}, after step {run.step}")
     return True
-
-
-def _refuse_several_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("training in several processes is not built yet in this version; start sdxl-train alone")

@@ -1,12 +1,14 @@
-"""Runs on a few pictures of two buckets, for what concerns their caches."""
+"""Runs on a few pictures of two buckets, for what concerns their caches; and what a training changes in the saved file."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cache_runs import write_pictures
 from command_runs import Ended, read_seen, run_command, watched_run, write_config
+from safetensors.torch import load_file
 
 
 @pytest.fixture
@@ -51,5 +53,19 @@ def trained(tiny_base: Path, data: Path, tmp_path: Path) -> Callable[..., tuple[
         ended, seen = watched_run(tmp_path / name, tiny_base, image_dirs or [data], **keys)
         assert ended.code == 0, ended.err[-3000:]
         return ended, seen[before:]
+
+    return training
+
+
+@pytest.fixture
+def train_and_compare(cli, config, tmp_path: Path, tiny_base: Path):
+    """Trains with these keys; the names of the tensors that changed, and the saved file's tensors."""
+
+    def training(out: str = "out", tables: str = "", **keys):
+        ended = cli(config(f"{out}.toml", tables, output_dir=str(tmp_path / out), **{"num_train_epochs": 1, **keys}))
+        assert ended.code == 0, ended.err
+        after = load_file(next((tmp_path / out / "models").iterdir()))
+        before = load_file(tiny_base)
+        return {name for name in after if not torch.equal(after[name], before[name].to(after[name].dtype))}, after, ended
 
     return training

@@ -4,30 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 UNET = "model.diffusion_model."
 
 
-@pytest.fixture
-def trained(cli, config, tmp_path: Path, tiny_base: Path):
-    """Trains with these keys; the names of the tensors that changed, and the saved file's tensors."""
-
-    def training(out: str = "out", tables: str = "", **keys):
-        ended = cli(config(f"{out}.toml", tables, output_dir=str(tmp_path / out), **{"num_train_epochs": 1, **keys}))
-        assert ended.code == 0, ended.err
-        after = load_file(next((tmp_path / out / "models").iterdir()))
-        before = load_file(tiny_base)
-        return {name for name in after if not torch.equal(after[name], before[name].to(after[name].dtype))}, after, ended
-
-    return training
-
-
-def test_a_frozen_block_takes_no_part_in_the_gradient_norm(trained) -> None:
+def test_a_frozen_block_takes_no_part_in_the_gradient_norm(train_and_compare) -> None:
     # With everything frozen but the last block, clipping to a norm below that block's own gives the same step as without the other blocks.
     only_last = [0.0] * 22 + [1e-3]
-    _, alone, _ = trained("alone", block_lr=only_last, max_grad_norm=1e-4, optimizer_type="SGD", max_train_steps=1)
-    _, small, _ = trained("small", block_lr=[1e-12] * 22 + [1e-3], max_grad_norm=1e-4, optimizer_type="SGD", max_train_steps=1)
+    _, alone, _ = train_and_compare("alone", block_lr=only_last, max_grad_norm=1e-4, optimizer_type="SGD", max_train_steps=1)
+    _, small, _ = train_and_compare("small", block_lr=[1e-12] * 22 + [1e-3], max_grad_norm=1e-4, optimizer_type="SGD", max_train_steps=1)
     name = UNET + "out.2.weight"
     assert not torch.equal(alone[name], small[name])
 
@@ -35,17 +20,17 @@ def test_a_frozen_block_takes_no_part_in_the_gradient_norm(trained) -> None:
 
 @pytest.mark.parametrize("optimizer", ["AdaFactor", "AdamW"])
 @pytest.mark.parametrize("full", [False, True])
-def test_fused_backward_gives_the_same_weights(trained, optimizer, full, recwarn) -> None:
+def test_fused_backward_gives_the_same_weights(train_and_compare, optimizer, full, recwarn) -> None:
     keys = {"optimizer_type": optimizer, "train_text_encoder": True, "gradient_checkpointing": True, "save_precision": "keep"}
     keys |= {"full_bf16": True, "mixed_precision": "bf16"} if full else {}
-    changed, plain, _ = trained("plain", **keys)
-    _, fused, ended = trained("fused", **keys, fused_backward=True)
+    changed, plain, _ = train_and_compare("plain", **keys)
+    _, fused, ended = train_and_compare("fused", **keys, fused_backward=True)
     assert "fused backward" in ended.err and changed
     assert not [one for one in recwarn if "optimizer.step" in str(one.message)]
     assert [name for name in plain if not torch.equal(plain[name], fused[name])] == []
 
 
-def test_fused_backward_drops_a_step_whose_loss_is_not_finite(trained, metrics, tmp_path: Path) -> None:
+def test_fused_backward_drops_a_step_whose_loss_is_not_finite(train_and_compare, metrics, tmp_path: Path) -> None:
     plugin = tmp_path / "nan_once.py"
     plugin.write_text(
         "calls = []\n"
@@ -56,7 +41,7 @@ def test_fused_backward_drops_a_step_whose_loss_is_not_finite(trained, metrics, 
     )
     runs = {}
     for name, fused in (("plain", False), ("fused", True)):
-        _, runs[name], ended = trained(name, loss_type=f"{plugin}:loss", fused_backward=fused)
+        _, runs[name], ended = train_and_compare(name, loss_type=f"{plugin}:loss", fused_backward=fused)
         assert "not finite" in ended.err
         assert sum("loss/step" not in line for line in metrics(tmp_path / name)) == 1
     assert [key for key in runs["plain"] if not torch.equal(runs["plain"][key], runs["fused"][key])] == []

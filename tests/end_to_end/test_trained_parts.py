@@ -1,28 +1,13 @@
-"""What is trained, in which precision, seen in the saved files of real runs."""
+"""What is train_and_compare, in which precision, seen in the saved files of real runs."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from sdxl_train.learning_rates import block_of
 
 UNET, TE1, TE2 = "model.diffusion_model.", "conditioner.embedders.0.", "conditioner.embedders.1."
-
-
-@pytest.fixture
-def trained(cli, config, tmp_path: Path, tiny_base: Path):
-    """Trains with these keys; the names of the tensors that changed, and the saved file's tensors."""
-
-    def training(out: str = "out", tables: str = "", **keys):
-        ended = cli(config(f"{out}.toml", tables, output_dir=str(tmp_path / out), **{"num_train_epochs": 1, **keys}))
-        assert ended.code == 0, ended.err
-        after = load_file(next((tmp_path / out / "models").iterdir()))
-        before = load_file(tiny_base)
-        return {name for name in after if not torch.equal(after[name], before[name].to(after[name].dtype))}, after, ended
-
-    return training
 
 
 @pytest.mark.parametrize(
@@ -34,8 +19,8 @@ def trained(cli, config, tmp_path: Path, tiny_base: Path):
         ({"train_text_encoder": True, "learning_rate": 0.0, "learning_rate_te1": 1e-3, "learning_rate_te2": 1e-3}, {TE1, TE2}),
     ],
 )
-def test_exactly_the_parts_with_a_rate_change(trained, metrics, tmp_path: Path, keys, changed_parts) -> None:
-    changed, _, _ = trained(**keys)
+def test_exactly_the_parts_with_a_rate_change(train_and_compare, metrics, tmp_path: Path, keys, changed_parts) -> None:
+    changed, _, _ = train_and_compare(**keys)
     assert {part for part in (UNET, TE1, TE2) if any(name.startswith(part) for name in changed)} == changed_parts
     assert all(name.startswith((UNET, TE1, TE2)) for name in changed)
     tags = {UNET: "lr/unet", TE1: "lr/text_encoder1", TE2: "lr/text_encoder2"}
@@ -43,17 +28,17 @@ def test_exactly_the_parts_with_a_rate_change(trained, metrics, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("clip_skip", [1, 2])
-def test_the_layers_of_text_encoder_1_that_nobody_reads_stay_as_they_were(trained, clip_skip) -> None:
-    changed, after, _ = trained(train_text_encoder=True, clip_skip=clip_skip)
+def test_the_layers_of_text_encoder_1_that_nobody_reads_stay_as_they_were(train_and_compare, clip_skip) -> None:
+    changed, after, _ = train_and_compare(train_text_encoder=True, clip_skip=clip_skip)
     layers = {int(name.split(".layers.")[1].split(".")[0]) for name in after if name.startswith(TE1) and ".layers." in name}
     trained_layers = {int(name.split(".layers.")[1].split(".")[0]) for name in changed if name.startswith(TE1) and ".layers." in name}
     assert trained_layers == {layer for layer in layers if layer < len(layers) - clip_skip}
     assert not any("final_layer_norm" in name for name in changed if name.startswith(TE1))
 
 
-def test_a_block_at_rate_0_stays_bit_identical_and_the_others_change(trained, metrics, tmp_path: Path) -> None:
+def test_a_block_at_rate_0_stays_bit_identical_and_the_others_change(train_and_compare, metrics, tmp_path: Path) -> None:
     rates = [0.0 if block in (3, 11) else 1e-3 for block in range(23)]
-    changed, _, ended = trained(block_lr=rates)
+    changed, _, ended = train_and_compare(block_lr=rates)
     blocks = {block_of(name.removeprefix(UNET)) for name in changed}
     assert blocks == set(range(23)) - {3, 11}
     assert "block_lr is deprecated" in ended.err
@@ -61,12 +46,12 @@ def test_a_block_at_rate_0_stays_bit_identical_and_the_others_change(trained, me
 
 
 @pytest.mark.parametrize("optimizer", ["AdaFactor", "AdamW"])
-def test_full_bf16_holds_all_trained_weights_in_bf16_and_learns(trained, optimizer) -> None:
-    changed, after, ended = trained(full_bf16=True, mixed_precision="bf16", train_text_encoder=True, save_precision="keep", optimizer_type=optimizer)
+def test_full_bf16_holds_all_trained_weights_in_bf16_and_learns(train_and_compare, optimizer) -> None:
+    changed, after, ended = train_and_compare(full_bf16=True, mixed_precision="bf16", train_text_encoder=True, save_precision="keep", optimizer_type=optimizer)
     trained_dtypes = {after[name].dtype for name in changed}
     assert trained_dtypes == {torch.bfloat16}
     assert "bfloat16, also weights and gradients" in ended.err
-    _, frozen, _ = trained("frozen", full_bf16=True, mixed_precision="bf16", save_precision="keep", optimizer_type=optimizer)
+    _, frozen, _ = train_and_compare("frozen", full_bf16=True, mixed_precision="bf16", save_precision="keep", optimizer_type=optimizer)
     untrained = [name for name in frozen if name.startswith((TE1, TE2)) and frozen[name].is_floating_point()]
     assert {frozen[name].dtype for name in untrained} == {torch.float32}, "frozen values went through another dtype"
 
