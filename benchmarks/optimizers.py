@@ -1,6 +1,7 @@
 """Measures goal C2: the host's time for clipping, optimizer and zero_grad over the 1,680 tensors of SDXL's U-Net; prints one table.
 
     python benchmarks/optimizers.py [--repeats N] [--rounds N] [--json]
+    python benchmarks/optimizers.py --compiled
 
 The tensors are tiny, so that what is measured is what the host spends on queueing operations. docs/benchmarks.md says more.
 """
@@ -26,6 +27,7 @@ from sdxl_train_plugins.adafactor import StackedAdafactor
 from sdxl_train_plugins.adamw import StackedAdamW
 
 _GOAL = Goal(5)
+_SIDE = 1280
 _STEPS = {"lr": 1e-5, "relative_step": False, "scale_parameter": False}
 
 
@@ -101,6 +103,27 @@ def measure(repeats: int, rounds: int) -> list[Line]:
     ]
 
 
+def measure_compiled(rounds: int) -> list[Line]:
+    """Updates of four large bfloat16 matrices, of which the arithmetic takes the time, compiled and not, in turn; medians."""
+    optimizers: dict[str, Callable[[list[Tensor]], StackedAdafactor | StackedAdamW]] = {
+        "AdaFactor": lambda p: StackedAdafactor(p, **_STEPS),
+        "AdamW": lambda p: StackedAdamW(p, lr=1e-5),
+    }
+    lines: list[Line] = []
+    for name, build in optimizers.items():
+        found: dict[bool, list[float]] = {False: [], True: []}
+        sides = {is_compiled: [torch.nn.Parameter(torch.randn(_SIDE, _SIDE).bfloat16()) for _ in range(4)] for is_compiled in found}
+        made = {is_compiled: build(parameters) for is_compiled, parameters in sides.items()}
+        made[True].compile_update()
+        for _ in range(rounds + 1):
+            for is_compiled, optimizer in made.items():
+                found[is_compiled].append(_cpu_ms(sides[is_compiled], ours(optimizer)))
+        plain, compiled = (statistics.median(found[is_compiled][1:]) for is_compiled in (False, True))
+        what = f"{name} compiled, bfloat16, {_SIDE}x{_SIDE}"
+        lines.append(Line("G9, on the CPU", what, 4, compiled, "CPU ms", plain, "uncompiled"))
+    return lines
+
+
 def _cpu_ms(parameters: list[Tensor], update: Callable[[list[Tensor]], None]) -> float:
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
@@ -114,10 +137,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measures the host's time of an optimizer step; see docs/benchmarks.md.")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="updates of a round; default: 5")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds over all optimizers; default: 7")
+    parser.add_argument("--compiled", action="store_true", help="measure what compiling saves of the arithmetic, in place of goal C2")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    lines = measure(arguments.repeats, arguments.rounds)
+    lines = measure_compiled(arguments.rounds) if arguments.compiled else measure(arguments.repeats, arguments.rounds)
     if arguments.json:
         print("\n".join(json.dumps({**asdict(line), "ratio": line.ratio, "is_met": line.is_met}) for line in lines))
         return

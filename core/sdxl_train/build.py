@@ -19,6 +19,7 @@ from sdxl_train.diffusion import NoiseSchedule
 from sdxl_train.errors import ConfigError
 from sdxl_train.keys import Config
 from sdxl_train.loss_recorder import LossRecorder
+from sdxl_train.masked_optimizer import CompiledUpdate
 from sdxl_train.metrics import EpochLoss, MetricsReader, Speed
 from sdxl_train.model.attention import active_backend, check_backend, set_attention, set_text_attention
 from sdxl_train.model.checkpointing import checkpoint_activations
@@ -72,6 +73,8 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
     for warning in schedule_warnings(settings.values, num_steps):
         console.warn(warning)
     optimizer = plugins.hooks.build_optimizer(param_groups=networks.param_groups)
+    if keys.compile and isinstance(optimizer, CompiledUpdate):
+        optimizer.compile_update()
     lr_scheduler = plugins.hooks.build_lr_scheduler(
         optimizer=optimizer, num_warmup_steps=keys.lr_warmup_steps, num_training_steps=num_steps
     )

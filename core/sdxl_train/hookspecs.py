@@ -59,7 +59,8 @@ class HookSpecs:
                 ("unet" or "block0" ... "block22", "text_encoder1", "text_encoder2").
         Returns:
             A torch Optimizer over exactly these groups. None is an error. One that has `grad_scale`, `found_inf`, `step_key`, `begin_step`
-            and `step_parameter` (see `sdxl_train/masked_optimizer.py`) can take the clipping factor by itself and serve `fused_backward`.
+            and `step_parameter` (see `sdxl_train/masked_optimizer.py`) can take the clipping factor by itself and serve `fused_backward`;
+            `compile` calls its `compile_update`, if it has one.
         """
         raise AssertionError
 

@@ -80,7 +80,7 @@ class Config(Options):
     full_bf16: bool = option(False, "weights, gradients and text encoders in bf16: less memory, less precision", zh="全 bf16 精度，以精度换显存")
     full_fp16: bool = option(False, "weights, gradients and text encoders in fp16: less memory, less precision", zh="全 fp16 精度，以精度换显存")
     fused_backward: bool = option(False, "update each tensor as soon as its gradient is complete, and free the gradient: less memory, same result", zh="反向传播中逐张量更新并释放梯度，以节省显存")
-    compile: bool = option(False, "compile the U-Net's blocks with torch.compile: faster after some minutes, same result within rounding", zh="用 torch.compile 编译 U-Net 模块，首次较慢，之后更快")
+    compile: bool = option(False, "compile the U-Net's blocks and the update of AdaFactor and AdamW with torch.compile: faster after some minutes, same result within rounding", zh="用 torch.compile 编译 U-Net 模块以及 AdaFactor、AdamW 的更新，首次较慢，之后更快")
     train_text_encoder: bool = option(False, "train both text encoders", zh="训练文本编码器")
     learning_rate_te1: float | None = option(None, "learning rate of text encoder 1; absent: learning_rate, 0 freezes it", zh="文本编码器 1 学习率", ge=0)
     learning_rate_te2: float | None = option(None, "learning rate of text encoder 2; absent: learning_rate, 0 freezes it", zh="文本编码器 2 学习率", ge=0)

@@ -1,4 +1,4 @@
-"""What an optimizer may offer beyond torch's interface: a step that is scaled and masked on the device, tensor by tensor if asked.
+"""What an optimizer may offer beyond torch's interface: a step that is scaled, masked on the device, tensor by tensor or compiled.
 
 It is found by its attributes, so an optimizer of anybody's may offer it; the documentation of `build_optimizer` names them.
 """
@@ -9,6 +9,15 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@runtime_checkable
+class CompiledUpdate(Protocol):
+    """An optimizer whose update can be compiled, which the key `compile` asks for."""
+
+    def compile_update(self) -> None:
+        """From now on compile what is computed in an update, when it is first needed."""
+        ...
 
 
 @runtime_checkable

@@ -11,19 +11,20 @@ import torch
 from torch import Tensor
 
 from sdxl_train_plugins.shape_stacks import end_to_end, split
-from sdxl_train_plugins.stacked_optimizer import StackedOptimizer, State
+from sdxl_train_plugins.stacked_optimizer import StackedOptimizer
+from sdxl_train_plugins.stacked_update import State, as_tensor
 
 
 @dataclass(frozen=True)
 class AdafactorCoefficients:
     """
     Attributes:
-        rate: the learning rate, without the scale of a parameter. A number, or 0-dim float32.
+        rate: the learning rate, without the scale of a parameter. 0-dim float32.
         old_share: of the old running mean of squares that is kept, 1 - step ** decay_rate. 0-dim float32.
         new_share: step ** decay_rate. 0-dim float32.
     """
 
-    rate: float | Tensor
+    rate: Tensor
     old_share: Tensor
     new_share: Tensor
 
@@ -132,7 +133,7 @@ class StackedAdafactor(StackedOptimizer):
 
     def _coefficients(self, group: dict[str, Any], step: Tensor) -> AdafactorCoefficients:
         new_share = step ** group["decay_rate"]
-        rate = relative_rate(step, group["warmup_init"]) if group["relative_step"] else group["lr"]
+        rate = relative_rate(step, group["warmup_init"]) if group["relative_step"] else as_tensor(group["lr"], step.device)
         return AdafactorCoefficients(rate, 1 - new_share, new_share)
 
     def _updated(
@@ -191,8 +192,8 @@ def _one_a_row(factors: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
     return split(factors, [(shape[0], *[1] * (len(shape) - 1)) for shape in shapes])
 
 
-def _each(factors: float | Tensor, shapes: list[tuple[int, ...]]) -> float | Tensor:
-    """One number a tensor as one an element; a number for all as it is. [tensors] -> [elements]."""
-    if not isinstance(factors, Tensor) or factors.dim() == 0:
+def _each(factors: Tensor, shapes: list[tuple[int, ...]]) -> Tensor:
+    """One number a tensor as one an element; a number for all as it is. [tensors] -> [elements]; [] -> []."""
+    if factors.dim() == 0:
         return factors
     return end_to_end([rows.expand(shape).contiguous() for rows, shape in zip(_one_a_row(factors, shapes), shapes, strict=True)])

@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdxl_train_plugins.stacked_optimizer import StackedOptimizer, State
+from sdxl_train_plugins.stacked_optimizer import StackedOptimizer
+from sdxl_train_plugins.stacked_update import State, as_tensor
 
 
 @dataclass(frozen=True)
 class AdamWCoefficients:
     """
     Attributes:
-        decay: factor on the weights, 1 - lr * weight_decay.
+        decay: factor on the weights, 1 - lr * weight_decay. 0-dim float32.
         step_size: lr / (1 - beta1 ** step). 0-dim float32.
         root_correction2: sqrt(1 - beta2 ** step). 0-dim float32.
     """
 
-    decay: float | Tensor
+    decay: Tensor
     step_size: Tensor
     root_correction2: Tensor
 
@@ -114,7 +115,8 @@ class StackedAdamW(StackedOptimizer):
 
     def _coefficients(self, group: dict[str, Any], step: Tensor) -> AdamWCoefficients:
         lr, (beta1, beta2) = group["lr"], group["betas"]
-        return AdamWCoefficients(1 - lr * group["weight_decay"], lr / bias_correction(beta1, step), bias_correction(beta2, step).sqrt())
+        decay = as_tensor(1 - lr * group["weight_decay"], step.device)
+        return AdamWCoefficients(decay, lr / bias_correction(beta1, step), bias_correction(beta2, step).sqrt())
 
     def _updated(
         self,

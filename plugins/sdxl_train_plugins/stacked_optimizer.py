@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from sdxl_train_plugins.shape_stacks import end_to_end, gathered, scatter, split, stacks_of
-from sdxl_train_plugins.stochastic_rounding import keys_of_step, name_keys, next_words, random_words, rounded_to_bfloat16
-
-State = dict[str, Tensor]
+from sdxl_train_plugins.stacked_update import State, update_values
+from sdxl_train_plugins.stochastic_rounding import keys_of_step, name_keys
 
 
 @dataclass(eq=False)
@@ -71,10 +70,9 @@ class _Piece:
         """[n, *row shape]."""
         return (self.last - self.first, *self.stack.row_shape)
 
-    def words(self, keys: Tensor) -> Tensor:
-        """Random bits of every element. `keys`: of the group's stacked parameters. [n, elements of one] int32."""
-        keys = keys[self.stack.first + self.first : self.stack.first + self.last]
-        return random_words(keys, self.stack.parameters[0].numel())
+    def keys(self, keys: Tensor) -> Tensor:
+        """Those of the piece, of those of the group's stacked parameters. [n, 2] int32."""
+        return keys[self.stack.first + self.first : self.stack.first + self.last]
 
 
 @dataclass
@@ -118,6 +116,7 @@ class StackedOptimizer(torch.optim.Optimizer):
     step_key: bytes = b""
     max_batch_elements: int = 2**24
 
+    _update_of_piece: Callable[..., Tensor] = staticmethod(update_values)
     _groups: list[_Group] | None = None  # made when first needed, and again when param_groups or state were replaced
 
     # ---- What a subclass gives --------------------------------------------------------------------------------------------------
@@ -145,6 +144,19 @@ class StackedOptimizer(torch.optim.Optimizer):
             shapes: [n, *row shape] of each stack.
         """
         raise NotImplementedError
+
+    def compile_update(self, backend: Any = "inductor") -> None:
+        """Compile the arithmetic of an update into few kernels: weights, gradients and state are read once and written once.
+
+        Results differ from the uncompiled ones by rounding: sums have another order, and products may be fused with sums. Sizes are symbols
+        of the compiled code, so there are a few compilations and not one a shape. Small stacks laid end to end stay uncompiled: they are
+        one in a hundred of SDXL's parameters, and each number of them would be a compilation.
+
+        Args:
+            backend: as for torch.compile; None: compute uncompiled again.
+        """
+        compiled = backend and torch.compile(update_values, dynamic=True, fullgraph=True, backend=backend)
+        self._update_of_piece = compiled or update_values
 
     # ---- Steps ------------------------------------------------------------------------------------------------------------------
 
@@ -198,33 +210,25 @@ class StackedOptimizer(torch.optim.Optimizer):
         group, options = self._made_groups()[group_index], self.param_groups[group_index]
         if not batch.state:
             self._make_state(group, options, batch)
-        state = batch.state
+        state, update = batch.state, update_values
         if len(pieces) == 1:
-            (piece,) = pieces
+            update, (piece,) = self._update_of_piece, pieces
             state = {name: rows[piece.first : piece.last].view(-1) for name, rows in piece.stack.state.items()}
 
-        old = end_to_end([gathered(piece.parameters) for piece in pieces])
-        grads = end_to_end([gathered([parameter.grad for parameter in piece.parameters]) for piece in pieces]).float()
-        if self.grad_scale is not None:
-            grads = grads / self.grad_scale
-        shapes = [piece.shape for piece in pieces]
-        weights, new_state = self._updated(old.float(), grads, state, shapes, options, group.coefficients)
-        del grads
-
-        words = None if group.step_keys is None else end_to_end([piece.words(group.step_keys) for piece in pieces])
-        weights = _rounded(weights, old.dtype, words)
-        if self._skip is not None:
-            weights = torch.where(self._skip, old, weights)
-        del old
+        weights = update(
+            self._updated,
+            end_to_end([gathered(piece.parameters) for piece in pieces]),
+            end_to_end([gathered([parameter.grad for parameter in piece.parameters]) for piece in pieces]),
+            state,
+            shapes := [piece.shape for piece in pieces],
+            options,
+            group.coefficients,
+            None if group.step_keys is None else [piece.keys(group.step_keys) for piece in pieces],
+            self.grad_scale,
+            self._skip,
+        )
         for piece, new in zip(pieces, split(weights, shapes), strict=True):
             scatter(new, piece.parameters)
-        for name, new in new_state.items():
-            words = None if words is None else next_words(words)
-            new = _rounded(new, state[name].dtype, words)
-            if self._skip is None:
-                state[name].copy_(new)
-            else:
-                torch.where(self._skip, state[name], new, out=state[name])
 
     # ---- State ------------------------------------------------------------------------------------------------------------------
 
@@ -357,10 +361,3 @@ def _copy_state(stack: _Stack, found: Sequence[State | None], steps: dict[int, T
         steps[id(one["step"])] = torch.as_tensor(one["step"], dtype=torch.float32)
         for name, rows in stack.state.items():
             rows[row].copy_(one[name])
-
-
-def _rounded(values: Tensor, dtype: torch.dtype, words: Tensor | None) -> Tensor:
-    """float32 values in the dtype in which they are kept; `words`: random bits for bfloat16, or None to round to nearest."""
-    if words is None or dtype != torch.bfloat16:
-        return values.to(dtype)
-    return rounded_to_bfloat16(values, words.view(values.shape))

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from optimizer_runs import are_equal, parameters, run, run_one_by_one, set_gradients, tensors_of
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sdxl_train.masked_optimizer import MaskedOptimizer
+from sdxl_train.model.compiling import RECOMPILE_LIMIT
 from sdxl_train_plugins.adafactor import StackedAdafactor
 from sdxl_train_plugins.adamw import StackedAdamW
 from sdxl_train_plugins.shape_stacks import gathered, scatter, stacks_of
@@ -247,3 +249,63 @@ def test_updates_too_small_for_bfloat16_add_up(build: Build) -> None:
         optimizer.step_key = step.to_bytes(16, "little")
         optimizer.step()
     assert weight.float().mean().item() == pytest.approx(0.99, abs=1e-3)
+
+
+# ---- Compiled ----
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        yield
+    torch._dynamo.reset()
+
+
+@every_optimizer
+def test_traced_updates_are_the_same_bit_for_bit(build: Build, fresh_dynamo: None) -> None:
+    plain, traced, single = (build(parameters(torch.bfloat16)) for _ in range(3))
+    counters = [CompileCounterWithBackend("eager") for _ in range(2)]
+    traced.compile_update(counters[0])
+    single.compile_update(counters[1])
+    for optimizer in (plain, traced, single):
+        optimizer.max_batch_elements = 1  # every tensor is a stack
+    run(plain, range(1, 4))
+    run(traced, range(1, 4))
+    run_one_by_one(single, range(1, 4))
+    assert are_equal(tensors_of(plain), tensors_of(traced)) and are_equal(tensors_of(plain), tensors_of(single))
+    # Vectors and matrices, one and several, and of one element, for which torch makes code of its own.
+    assert all(0 < counter.frame_count <= 6 for counter in counters)
+
+
+def test_neither_rates_nor_sizes_need_another_compilation(fresh_dynamo: None) -> None:
+    weights = [torch.nn.Parameter(torch.randn(2 + i, 3 + i)) for i in range(8)]
+    optimizer, counter = StackedAdamW(weights, lr=1e-3), CompileCounterWithBackend("eager")
+    optimizer.max_batch_elements = 1
+    optimizer.compile_update(counter)
+    for step in range(1, 6):
+        optimizer.param_groups[0]["lr"] = 1e-3 / step
+        set_gradients(weights, step)
+        optimizer.step()
+    assert counter.frame_count == 1
+
+
+def test_masked_steps_change_nothing_when_compiled(fresh_dynamo: None) -> None:
+    optimizer = StackedAdamW(parameters(torch.bfloat16), lr=1e-2)
+    optimizer.compile_update("eager")
+    run(optimizer, [1])
+    before = [tensor.clone() for tensor in tensors_of(optimizer)]
+    optimizer.found_inf = torch.ones(())
+    run(optimizer, [2])
+    assert are_equal(before, tensors_of(optimizer))
+
+
+@pytest.mark.slow
+@every_optimizer
+def test_compiled_updates_agree_within_rounding(build: Build, fresh_dynamo: None) -> None:
+    plain, compiled = (build(parameters(torch.float32)) for _ in range(2))
+    compiled.compile_update()
+    for optimizer in (plain, compiled):
+        optimizer.max_batch_elements = 150
+    for exact, ours in zip(run(plain, range(1, 6)), run(compiled, range(1, 6)), strict=True):
+        assert torch.allclose(ours, exact, rtol=1e-5, atol=1e-6)
