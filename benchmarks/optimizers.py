@@ -112,7 +112,8 @@ def measure_compiled(rounds: int) -> list[Line]:
     lines: list[Line] = []
     for name, build in optimizers.items():
         found: dict[bool, list[float]] = {False: [], True: []}
-        sides = {is_compiled: [torch.nn.Parameter(torch.randn(_SIDE, _SIDE).bfloat16()) for _ in range(4)] for is_compiled in found}
+        matrices = torch.randn(4, _SIDE, _SIDE).bfloat16()
+        sides: dict[bool, list[Tensor]] = {side: [torch.nn.Parameter(matrix.clone()) for matrix in matrices] for side in found}
         made = {is_compiled: build(parameters) for is_compiled, parameters in sides.items()}
         made[True].compile_update()
         for _ in range(rounds + 1):

@@ -153,6 +153,6 @@ def _drop(run: Run, keys_seen: list[str]) -> None:
     run.parts.console.warn(f"step {run.step + 1}: the loss is not finite; the step is dropped ({', '.join(keys_seen)})")
     if run.dropped_in_a_row >= run.parts.keys.max_nonfinite_steps:
         raise SdxlTrainError(
-            f"the loss was not finite in {run.dropped_in_a_row} steps in a row (max_nonfinite_steps); "
+            f"the loss was not finite in {run.dropped_in_a_row} steps in a row (max_nonfinite_steps), last with {', '.join(keys_seen)}; "
             "a lower learning_rate or max_grad_norm = 1.0 may help; the last good weights are kept"
         )

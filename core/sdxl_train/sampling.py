@@ -204,8 +204,10 @@ def _borrowed(models: SampleModels) -> Iterator[None]:
     devices = [next(network.parameters()).device for network in models.networks]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     generators = [models.device] if models.device.type == "cuda" else []
+    # Compiled blocks would be compiled anew, without gradients, which takes longer than a round of pictures.
+    uncompiled = torch.compiler.set_stance("force_eager")
     # Ours draw from none of the global generators, but a sampler of a plugin may.
-    with torch.random.fork_rng(devices=generators), torch.no_grad():
+    with uncompiled, torch.random.fork_rng(devices=generators), torch.no_grad():
         try:
             for network in models.networks:
                 network.eval().to(models.device)

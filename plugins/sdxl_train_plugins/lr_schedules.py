@@ -7,7 +7,7 @@ The formulas are those of diffusers.optimization, except that the polynomial one
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import field_validator
@@ -180,6 +180,11 @@ class CosineWithRestarts:
         return schedule(optimizer, with_warmup(factor, num_warmup_steps))
 
 
+def not_below(lr_end: float, lr: float) -> str:
+    """What is wrong with an `lr_end` that the learning rate cannot fall to."""
+    return f"lr_scheduler_kwargs.lr_end = {lr_end:g} is not below the learning rate {lr:g}; give a smaller lr_end"
+
+
 class Polynomial:
     """Falls to `lr_end` along a power of the remaining steps."""
 
@@ -189,6 +194,10 @@ class Polynomial:
         )
         lr_end: float = option(1e-7, "learning rate at the end, below the learning rate", zh="结束时的学习率，须小于学习率", ge=0)
 
+        def problem_with_keys(self, keys: Mapping[str, Any]) -> str | None:
+            lr = keys["learning_rate"]
+            return not_below(self.lr_end, lr) if keys["block_lr"] is None and 0 < lr <= self.lr_end else None
+
     def __init__(self, options: Options) -> None:
         self._options = options
 
@@ -196,7 +205,7 @@ class Polynomial:
     def build_lr_scheduler(self, optimizer: Optimizer, num_warmup_steps: int, num_training_steps: int) -> LRScheduler:
         lr, lr_end = leading_rate(optimizer), self._options.lr_end
         if lr_end >= lr:
-            raise ConfigError(f"lr_scheduler_kwargs.lr_end = {lr_end:g} is not below the learning rate {lr:g}; give a smaller lr_end")
+            raise ConfigError(not_below(lr_end, lr))
         factor = polynomial_factor(num_warmup_steps, num_training_steps, self._options.lr_scheduler_power, lr, lr_end)
         return schedule(optimizer, with_warmup(factor, num_warmup_steps))
 

@@ -10,7 +10,7 @@ import ast
 import difflib
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +40,12 @@ class NamedOptimizer:
 
     class Options(sdxl_train.Options):
         model_config = ConfigDict(extra="allow")
+
+        def problem_with_keys(self, keys: Mapping[str, Any]) -> str | None:
+            name = keys["optimizer_type"]
+            if not keys["fused_backward"] or ("." in name and name.partition(".")[0] not in TRIED_PACKAGES):
+                return None  # what a class of anybody's offers is seen when it is made
+            return f"fused_backward = true needs an optimizer that can step tensor by tensor (AdaFactor, AdamW); {name} cannot"
 
     path: ClassVar[str]
     defaults: ClassVar[dict[str, Any]] = {}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
 import sdxl_train
-from sdxl_train import ConfigError, hookimpl, option
+from sdxl_train import hookimpl, option
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -84,6 +85,18 @@ class AdamW:
                 raise ValueError('state_dtype = "bfloat16" needs stochastic_rounding: rounded to nearest, running means come to a halt')
             return self
 
+        def problem_with_keys(self, keys: Mapping[str, Any]) -> str | None:
+            if not self.of_torch:
+                return None
+            updated_by = f"optimizer_kwargs.{next(iter(self.of_torch))} is set, so torch.optim.AdamW does the update, which"
+            if keys["fused_backward"]:
+                return f"{updated_by} cannot step tensor by tensor; leave it out, or set fused_backward = false"
+            if keys["full_bf16"] and self.stochastic_rounding:
+                return (
+                    f"{updated_by} rounds bfloat16 weights to nearest; leave it out, or set optimizer_kwargs.stochastic_rounding = false"
+                )
+            return None
+
     def __init__(self, options: Options) -> None:
         self._options = options
 
@@ -96,12 +109,6 @@ class AdamW:
         options = self._options
         shared = options.model_dump(include={"betas", "eps", "weight_decay", "amsgrad", "maximize"})
         if options.of_torch:
-            dtypes = {weights.dtype for group in param_groups for weights in group["params"]}
-            if options.stochastic_rounding and torch.bfloat16 in dtypes:
-                raise ConfigError(
-                    f"optimizer_kwargs.{next(iter(options.of_torch))} is set, so torch.optim.AdamW does the update, which rounds bfloat16 "
-                    "weights to nearest; leave it out, or set optimizer_kwargs.stochastic_rounding = false"
-                )
             return torch.optim.AdamW(param_groups, **shared, **options.of_torch)
         dtype = getattr(torch, options.state_dtype) if options.state_dtype else None
         return StackedAdamW(param_groups, **shared, state_dtype=dtype, stochastic_rounding=options.stochastic_rounding)

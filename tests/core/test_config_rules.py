@@ -73,3 +73,19 @@ def test_rates_for_an_optimizer_that_finds_its_own(config, name: str, changes: d
     said = list(warnings(values, set()))
     assert any("1 is usual" in text for text in said) is is_low
     assert any("use the first rate only" in text for text in said) is differs
+
+
+@pytest.mark.parametrize(
+    ("keys", "tables", "said"),
+    [
+        ({"lr_scheduler": "polynomial", "learning_rate": 1e-7}, "", "lr_scheduler_kwargs.lr_end = 1e-07 is not below the learning rate"),
+        (
+            {"optimizer_type": "AdamW", "full_bf16": True, "mixed_precision": "bf16"},
+            "[optimizer_kwargs]\nforeach = true",
+            "optimizer_kwargs.foreach",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_other_keys_are_found_by_check(cli, config, keys: dict[str, Any], tables: str, said: str) -> None:
+    ended = cli("check", config(tables=tables, **keys))
+    assert ended.code == 2 and said in ended.err + ended.out

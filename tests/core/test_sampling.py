@@ -18,7 +18,9 @@ from diffusers import (
 )
 from PIL import Image
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from sdxl_train.model.compiling import compile_regions
 from sdxl_train.model.single_file import load_text_encoders, load_unet, load_vae, open_checkpoint
 from sdxl_train.model.text import encode_prompts
 from sdxl_train.model.tokenizer import PromptTokenizer
@@ -313,3 +315,16 @@ def test_a_stop_request_ends_the_round_within_a_denoising_step(models, tmp_path)
     done = render_evaluation_round([entry(), entry(steps=9), entry()], tmp_path, models, euler, "euler", check_stop=lambda: len(calls) >= 5)
     assert done.was_stopped and len(calls) == 5
     assert [path.name for path in tmp_path.iterdir()] == ["0000-0.png"] == [path.name for path in done.paths]
+
+
+def test_rendering_compiles_nothing_and_leaves_training_compiled(models) -> None:
+    counter = CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    compile_regions(models.unet, counter)
+    pictures = render_batch(entry(), 0, models, euler())
+    assert counter.frame_count == 0 and pictures and pictures[0].image is not None
+    text = torch.zeros(1, 77, models.unet.config.cross_attention_dim)
+    times = {"text_embeds": torch.zeros(1, models.text_encoders[1].config.projection_dim), "time_ids": torch.zeros(1, 6)}
+    models.unet(torch.zeros(1, 4, 8, 8), torch.tensor([5]), text, added_cond_kwargs=times)
+    assert counter.frame_count > 0
+    torch._dynamo.reset()
