@@ -154,3 +154,34 @@ def test_a_state_is_whole_and_holds_no_frozen_part(run, tmp_path: Path) -> None:
     ]  # fmt: skip
     with safe_open(state / "weights.safetensors", "pt") as file:
         assert {name.partition(".")[0] for name in file.keys()} == {"unet"}  # noqa: SIM118
+
+
+FOUND_STEP = ("Prodigy", "DAdapt")  # what finds its own step size wants a rate of 1
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "Lion8bit",
+        "Prodigy",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                "AdamW8bit", "SGDNesterov8bit", "PagedAdamW8bit", "PagedLion8bit", "PagedAdamW32bit", "Lion", "DAdaptAdam", "DAdaptAdaGrad",
+                "DAdaptAdan", "DAdaptLion", "DAdaptSGD", "SGDNesterov", "CAME", "Muon", "StableAdamW", "torch.optim.RAdam",
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_every_documented_optimizer_goes_on_bit_for_bit(run, tmp_path: Path, optimizer: str) -> None:
+    for package in ("bitsandbytes", "pytorch_optimizer"):
+        pytest.importorskip(package)
+    keys = {
+        "optimizer_type": optimizer, "max_train_steps": 4, "save_every_n_steps": 2, "keep_train_states": 0, "max_grad_norm": 1.0,
+        "learning_rate": 1.0 if optimizer.startswith(FOUND_STEP) else 1e-3, "lr_warmup_steps": 3,
+    }  # fmt: skip
+    run("whole", **keys)
+    (state,) = (tmp_path / "whole" / "train_state").glob("*step2")
+    run("again", resume_from=str(state), **keys)
+    whole, again = final(tmp_path / "whole"), final(tmp_path / "again")
+    assert [name for name in whole if again.get(name) != whole[name]] == []
