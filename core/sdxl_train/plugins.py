@@ -171,6 +171,20 @@ class Plugins:
         named = tuple(plugin.target.name for plugin in self.of_key(key))
         return named == PLUGIN_KEYS[key].default and not any(hook in _wrapped_hooks(plugin.instance).values() for plugin in self.loaded)
 
+    def hook_codes(self) -> dict[CodeType, tuple[str, str]]:
+        """(plugin, hook) by the code that answers or wraps it: what a frame of a stack belongs to."""
+        codes: dict[CodeType, tuple[str, str]] = {}
+        for plugin in self.loaded:
+            if isinstance(plugin.instance, FunctionPlugin):
+                methods = {plugin.instance.hook: plugin.target.value}
+            else:
+                methods = {opts.get("specname") or name: getattr(plugin.instance, name) for name, opts in _marked(plugin.instance).items()}
+            for hook, method in methods.items():
+                code = _code(method)
+                if code is not None:
+                    codes.setdefault(code, (str(plugin.target), hook))
+        return codes
+
     @contextmanager
     def many_calls(self, key: str) -> Iterator[None]:
         """To stand around a loop that asks a key's plugins for every datum, so that plain functions are called quickly."""
@@ -308,6 +322,11 @@ def _wrapped_hooks(instance: Any) -> dict[str, str]:
     return {name: opts.get("specname") or name for name, opts in wrappers.items()}
 
 
+def _code(method: Callable[..., Any]) -> CodeType | None:
+    """What a method runs; None for a callable without code in Python."""
+    return getattr(inspect.unwrap(getattr(method, "__func__", method)), "__code__", None)
+
+
 def _wanted(method: Callable[..., Any]) -> list[str]:
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [name for name, parameter in inspect.signature(method).parameters.items() if parameter.kind in kinds]
@@ -346,8 +365,9 @@ class _WrapperCheck:
         self._by_hook: dict[str, list[str]] = {}
         for plugin in wrapping:
             for name, hook in _wrapped_hooks(plugin.instance).items():
-                method = getattr(plugin.instance, name)
-                self._by_code[inspect.unwrap(getattr(method, "__func__", method)).__code__] = plugin
+                code = _code(getattr(plugin.instance, name))
+                if code is not None:
+                    self._by_code[code] = plugin
                 self._by_hook.setdefault(hook, []).append(str(plugin.target))
 
     def __call__(self, outcome: pluggy.Result[Any], hook: str, _: Sequence[pluggy.HookImpl], arguments: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from sdxl_train.banner import banner, summary
 from sdxl_train.config import Settings
 from sdxl_train.console import Console, showing_log
 from sdxl_train.control import forget_requests
+from sdxl_train.hook_watch import watching_hooks
 from sdxl_train.output_dir import locked_output_dir, prepare_output_dir, resolve_output_dir
 from sdxl_train.processes import refuse_several_processes
 from sdxl_train.resuming import changes, find_state, refuse_other_training, set_later_saves_aside
@@ -57,7 +58,8 @@ def _train(settings: Settings, console: Console, stop: StopRequest) -> None:
         console.line(banner(run, settings))
         console.start_progress("step", run.num_train_steps, run.step)
         try:
-            train(run)
+            with watching_hooks(run):
+                train(run)
         except Exception as error:
             traceback.print_exc()
             console.line(f"the run failed after step {run.step}: {error}")
