@@ -19,6 +19,7 @@ from sdxl_train.metrics import FiniteCheck
 from sdxl_train.model.sdxl import make_add_time_ids, predict
 from sdxl_train.model.text import encode_prompts
 from sdxl_train.moments import after_epoch, after_step, before_first_step, current_rates, finish
+from sdxl_train.out_of_memory import naming_the_bucket
 from sdxl_train.randomness import StepRandom
 from sdxl_train.run import Run
 from sdxl_train.timesteps import draw_timesteps
@@ -78,15 +79,16 @@ def train_step(run: Run, batches: Iterator[Batch], num_micro_batches: int) -> Te
         keys_seen += batch.keys
         height, width = batch.target_sizes[0]
         run.parts.speed.batch_begun(len(batch), (width, height), batch.te1_ids.shape[1])
-        if batch.pixels is not None:
-            batch.latents, are_finite = encode_pixels(run.vae, batch.pixels, batch.places, run.device)
-            encoded.append((batch, are_finite))
-        loss = training_loss(run, batch)
-        batch_losses.append(loss.detach())
-        if i == num_micro_batches - 1:
-            losses = torch.stack(batch_losses)
-            finite = FiniteCheck(losses)  # copied before the last backward pass is queued, read after it
-        update.backward(loss / num_micro_batches)
+        with naming_the_bucket(batch):
+            if batch.pixels is not None:
+                batch.latents, are_finite = encode_pixels(run.vae, batch.pixels, batch.places, run.device)
+                encoded.append((batch, are_finite))
+            loss = training_loss(run, batch)
+            batch_losses.append(loss.detach())
+            if i == num_micro_batches - 1:
+                losses = torch.stack(batch_losses)
+                finite = FiniteCheck(losses)  # copied before the last backward pass is queued, read after it
+            update.backward(loss / num_micro_batches)
     if not update.is_done_in_backward:
         run.parts.stop.check()
     run.parts.speed.step_done()
