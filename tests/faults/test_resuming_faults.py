@@ -253,7 +253,7 @@ def test_an_epoch_with_leftovers_that_is_resumed_anywhere_trains_every_datum_as_
     assert Counter(sample["key"] for sample in whole) == {path.stem: 2 * repeats.get(path.stem, 1) for path in pictures.glob("*.png") if path.stem != "square5"}
     states = by_step(tmp_path / "whole/out/train_state")
     assert len(states) == 8
-    for state in states[4:7]:
+    for state in states[4:7:2]:
         ended, rest = watched_run(tmp_path / f"from_{state.name}", tiny_base, [pictures], resume_from=str(state), **keys)
         assert ended.code == 0, ended.err[-2000:]
         trained = len(whole) - len(rest)
@@ -266,7 +266,7 @@ STORED = Path(__file__).parent / "state_version_1"
 
 
 def test_a_state_of_another_version_is_refused_with_the_rule(go_on) -> None:
-    for step, version in enumerate((0, 2, "1", None), 1):
+    for step, version in enumerate((0, 2, "1"), 1):
         ended = go_on(step, code=2, change=lambda content, version=version: content.update(version=version))
         assert f"a train state of version {version}; this program reads version 1" in ended.err
     assert "is no train state" in go_on(5, code=2, change=lambda content: content.pop("version")).err
@@ -301,22 +301,22 @@ class Marks:
 """
 
 
-def test_every_step_is_in_the_logs_after_two_kills_and_two_continuations(config, tmp_path: Path) -> None:
+def test_every_step_is_in_the_logs_after_a_kill_and_a_continuation(config, tmp_path: Path) -> None:
     """Whatever state is gone on from, the steps before it have reached the files, and steps that two runs trained have equal values."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (tmp_path / "marks.py").write_text(MARKS)
     (tmp_path / "marks").mkdir()
     keys = {"trackers": ["tensorboard", "jsonl"], "plugins": [f"{tmp_path}/marks.py:Marks"], "save_model": False, "save_every_n_steps": 3}
-    file = config(num_train_epochs=8, resume_from="latest", **keys)
-    for stop in (8, 16, None):
+    file = config(num_train_epochs=5, resume_from="latest", **keys)
+    for stop in (8, None):
         with ForkedRun(tmp_path / f"{stop}.log", file, environment={"MARKS": str(tmp_path / "marks")}) as child:
             if stop is not None:
                 child.await_file(tmp_path / "marks" / str(stop))
                 child.send(signal.SIGKILL)
             assert child.code() == (0 if stop is None else -signal.SIGKILL), child.err
     logs = sorted((tmp_path / "out/logs").iterdir())
-    assert len(logs) == 3
+    assert len(logs) == 2
     tags: dict[str, dict[int, float]] = {}
     for log in logs:
         (events,) = log.glob("events.out.tfevents*")
@@ -328,5 +328,5 @@ def test_every_step_is_in_the_logs_after_two_kills_and_two_continuations(config,
                 if not tag.startswith("speed/"):
                     assert tags.setdefault(tag, {}).setdefault(event.step, event.value) == event.value, (tag, event.step)
     lines = [json.loads(line) for log in logs for line in (log / "metrics.jsonl").read_text().splitlines()]
-    assert {line["step"] for line in lines} == set(range(1, 25)) == tags["lr/unet"].keys()
-    assert tags["loss/step"].keys() >= set(range(1, 25))
+    assert {line["step"] for line in lines} == set(range(1, 16)) == tags["lr/unet"].keys()
+    assert tags["loss/step"].keys() >= set(range(1, 16))
