@@ -101,6 +101,22 @@ def refuse_other_training(now: Mapping[str, Any], saved: SavedState) -> None:
         )
 
 
+def refuse_other_shapes(now: Mapping[str, tuple[int, ...]], saved: SavedState) -> None:
+    """
+    Args:
+        now: the shape of each trained parameter, by "part.name".
+    Raises:
+        ConfigError: the state is of a model of the same names and other widths, or lacks a parameter.
+    """
+    then = {name: tuple(tensor.shape) for name, tensor in saved.weights().items()}
+    for name, shape in now.items():
+        if then.get(name) != shape:
+            raise ConfigError(
+                f"resume_from: {saved.directory} is of another training: {name} is {then.get(name)} there and {shape} in the model; "
+                "pretrained_model_name_or_path must be of the same architecture"
+            )
+
+
 def changes(run: Run, saved: SavedState, environment: Mapping[str, Any]) -> Iterator[str]:
     """One line for each key and each part of the environment that is not as it was."""
     then, now = saved.json["config"], dict(run.config)

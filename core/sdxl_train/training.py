@@ -15,7 +15,7 @@ from sdxl_train.control import forget_requests
 from sdxl_train.hook_watch import watching_hooks
 from sdxl_train.output_dir import locked_output_dir, prepare_output_dir, resolve_output_dir
 from sdxl_train.processes import refuse_several_processes
-from sdxl_train.resuming import changes, find_state, refuse_other_training, set_later_saves_aside
+from sdxl_train.resuming import changes, find_state, refuse_other_shapes, refuse_other_training, set_later_saves_aside
 from sdxl_train.stopping import StopRequest, ending_with_its_code
 
 if TYPE_CHECKING:
@@ -69,10 +69,13 @@ def _train(settings: Settings, console: Console, stop: StopRequest) -> None:
 
 def _resume(run: Run, state: Path, now: datetime) -> bool:
     """Put the state into the run; False if the training is at its end already."""
+    from sdxl_train.networks import trained_values
     from sdxl_train.train_state import SavedState, environment, must_match, restore
 
     console, saved = run.parts.console, SavedState(state)
     refuse_other_training(must_match(run), saved)
+    trained = trained_values(run.networks)
+    refuse_other_shapes({f"{part}.{name}": tuple(value.shape) for part, values in trained.items() for name, value in values.items()}, saved)
     if saved.step >= run.num_train_steps:
         console.line(f"{state} is at step {saved.step} of {run.num_train_steps}: the training is finished; more num_train_epochs go on")
         return False

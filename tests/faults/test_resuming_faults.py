@@ -178,6 +178,23 @@ def test_a_picture_less_or_more_often_is_another_training(go_on, line, tmp_path:
     assert "is of another training: data (" in go_on(2, code=2, image_dirs=[tmp_path / "fewer"]).err
 
 
+def test_a_state_of_a_model_of_other_widths_is_refused(go_on, tmp_path: Path) -> None:
+    from sdxl_train.model.tiny import write_tiny_sdxl
+
+    write_tiny_sdxl(tmp_path / "wider.safetensors", unet_channels=(24, 48, 48))
+    ended = go_on(code=2, pretrained_model_name_or_path=str(tmp_path / "wider.safetensors"))
+    assert "unet.conv_in.weight is (16, 4, 3, 3) there and (24, 4, 3, 3) in the model" in ended.err and "resuming:" not in ended.err
+
+
+def test_a_state_that_is_missing_or_none_exits_2_before_anything_is_begun(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    for name, said in (("gone", "missing"), ("file", "no folder"), ("empty", "not a complete train state"), ("pictures", "not a complete train state")):
+        ended = run_command("train", write_config(tmp_path / "run", tiny_base, [pictures], resume_from=str(tmp_path / name)))
+        assert ended.code == 2 and f"resume_from: {tmp_path / name} is {said}" in ended.err, ended.err
+        assert not (tmp_path / "run/out").exists() and not list(pictures.glob("*.npz"))
+
+
 def test_other_keys_threads_and_versions_are_logged_from_old_to_new(go_on, tmp_path: Path) -> None:
     def of_another_machine(content: dict[str, Any]) -> None:
         content["environment"] = {"torch": "2.0.1", "device": "cpu, s390x", "threads": 16}
