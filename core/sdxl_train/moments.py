@@ -169,4 +169,5 @@ def current_rates(run: Run) -> dict[str, float | Tensor]:
         rates[f"lr/{group['name']}"] = rate
         if "d" in group:
             rates[f"lr_effective/{group['name']}"] = group["d"] * rate
-    return {tag: rate.detach().clone() if isinstance(rate, Tensor) else float(rate) for tag, rate in rates.items()}
+    # Some optimizers keep their "d" as a tensor of shape [1].
+    return {tag: rate.detach().reshape(()).clone() if isinstance(rate, Tensor) else float(rate) for tag, rate in rates.items()}

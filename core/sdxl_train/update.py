@@ -166,14 +166,14 @@ def set_position(lr_scheduler: LRScheduler, num_steps: int) -> None:
 
     It follows the configuration it was made from. Loading a saved schedule would bring back the old rates, and then mix both.
     """
-    if type(lr_scheduler) is LambdaLR:  # a closed form of the position
-        lr_scheduler.last_epoch = num_steps
-        lr_scheduler._step_count = num_steps + 1
-        for group, rate in zip(lr_scheduler.optimizer.param_groups, lr_scheduler.get_lr(), strict=True):
-            group["lr"] = rate
-        lr_scheduler._last_lr = [group["lr"] for group in lr_scheduler.optimizer.param_groups]
-        return
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*before `optimizer.step", category=UserWarning)
-        for _ in range(num_steps):
-            lr_scheduler.step()
+        warnings.filterwarnings("ignore", message=".*before `optimizer.step|To get the last learning rate", category=UserWarning)
+        if type(lr_scheduler) is LambdaLR:  # a closed form of the position
+            lr_scheduler.last_epoch = num_steps
+            lr_scheduler._step_count = num_steps + 1
+            for group, rate in zip(lr_scheduler.optimizer.param_groups, lr_scheduler.get_lr(), strict=True):
+                group["lr"] = rate
+            lr_scheduler._last_lr = [group["lr"] for group in lr_scheduler.optimizer.param_groups]
+        else:
+            for _ in range(num_steps):
+                lr_scheduler.step()

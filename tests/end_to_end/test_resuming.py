@@ -168,14 +168,15 @@ FOUND_STEP = ("Prodigy", "DAdapt")  # what finds its own step size wants a rate 
             pytest.param(name, marks=pytest.mark.slow)
             for name in (
                 "AdamW8bit", "SGDNesterov8bit", "PagedAdamW8bit", "PagedLion8bit", "PagedAdamW32bit", "Lion", "DAdaptAdam", "DAdaptAdaGrad",
-                "DAdaptAdan", "DAdaptLion", "DAdaptSGD", "SGDNesterov", "CAME", "Muon", "StableAdamW", "torch.optim.RAdam",
+                "DAdaptAdan", "DAdaptLion", "DAdaptSGD", "SGDNesterov", "CAME", "Adan", "StableAdamW", "torch.optim.RAdam",
             )
         ),
     ],
 )  # fmt: skip
-def test_every_documented_optimizer_goes_on_bit_for_bit(run, tmp_path: Path, optimizer: str) -> None:
+def test_every_documented_optimizer_goes_on_bit_for_bit(run, tmp_path: Path, optimizer: str, recwarn) -> None:
     for package in ("bitsandbytes", "pytorch_optimizer"):
         pytest.importorskip(package)
+    recwarn.clear()
     keys = {
         "optimizer_type": optimizer, "max_train_steps": 4, "save_every_n_steps": 2, "keep_train_states": 0, "max_grad_norm": 1.0,
         "learning_rate": 1.0 if optimizer.startswith(FOUND_STEP) else 1e-3, "lr_warmup_steps": 3,
@@ -185,3 +186,4 @@ def test_every_documented_optimizer_goes_on_bit_for_bit(run, tmp_path: Path, opt
     run("again", resume_from=str(state), **keys)
     whole, again = final(tmp_path / "whole"), final(tmp_path / "again")
     assert [name for name in whole if again.get(name) != whole[name]] == []
+    assert [warning for warning in recwarn if "learning rate" in str(warning.message)] == []
