@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,10 +26,13 @@ class Console:
     def line(self, text: str) -> None:
         """Print one message, at once, above the progress bar if there is one."""
         text = printable(text)
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        try:
+            if self._bar is not None:
+                self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(text, file=sys.stderr, flush=True)
+        except OSError:
+            self._fall_silent()
 
     def warn(self, text: str) -> None:
         """Print one warning."""
@@ -72,8 +76,18 @@ class Console:
     def end_progress(self) -> None:
         """Take the progress bar away."""
         if self._bar is not None:
-            self._bar.stop()
+            try:
+                self._bar.stop()
+            except OSError:
+                self._fall_silent()
             self._bar = None
+
+    def _fall_silent(self) -> None:
+        """Nobody reads stderr any more: the terminal was closed, or `| tee` ended. That must not end a save, nor change the exit code."""
+        self._bar = None
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stderr.fileno())
+        os.close(nowhere)
 
     def _remaining(self) -> str:
         done, left = self._done - self._from, self._total - self._done

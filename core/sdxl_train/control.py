@@ -40,7 +40,7 @@ def send_request(output_dir: Path, request: str) -> None:
 def take_requests(output_dir: Path) -> list[str]:
     """What was asked since the last call, each once; costs one look at the folder where nothing was."""
     path = output_dir / CONTROL_NAME
-    if not path.exists():
+    if not os.path.exists(path):  # also where the folder cannot be looked at now
         return []
     taken = path.with_name(f"{CONTROL_NAME}.taken")
     os.replace(path, taken)

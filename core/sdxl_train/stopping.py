@@ -43,9 +43,9 @@ class StopRequest:
         """The signal handler."""
         if self.signum is None:
             self.signum = signum
-            os.write(
-                2, f"{signal.Signals(signum).name}: stopping after this micro-batch; once more stops at once without saving\n".encode()
-            )
+            name = signal.Signals(signum).name
+            with suppress(OSError):  # the terminal may have been closed, or `| tee` ended by the same Ctrl-C
+                os.write(2, f"{name}: stopping after this micro-batch; once more stops at once without saving\n".encode())
             return
         if self.writes_into is not None:
             for directory, _, _ in os.walk(self.writes_into):
@@ -75,6 +75,7 @@ def stop_requests() -> Iterator[StopRequest]:
     try:
         yield request
     finally:
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stderr.flush()
         for signum, handler in before.items():
             signal.signal(signum, handler)
