@@ -1,5 +1,6 @@
 """Files that are whole or absent: written beside their final name, synced, renamed, with the directory synced last."""
 
+import errno
 import os
 import secrets
 import shutil
@@ -25,7 +26,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: from the file system. A failed fsync is final: the old file stays.
     """
-    temporary = path.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+    temporary = hidden_name(path.parent)
     descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     # The kernel applies the umask here; asking for the umask itself would change it for all threads.
     mode = os.fstat(descriptor).st_mode & 0o777
@@ -48,14 +49,22 @@ def sync_file(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Waits until the directory's names are on the disk; systems that cannot open directories are left to themselves."""
+    """Waits until the directory's names are on the disk; systems that cannot sync directories are left to themselves."""
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # what some network file systems say of directories
+            raise
     finally:
         os.close(descriptor)
+
+
+def hidden_name(directory: Path) -> Path:
+    """A new name in the directory that is nobody's final name; `remove_leftovers` knows it."""
+    return directory / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
 
 
 def remove_leftovers(directory: Path, older_than_s: float = 0) -> list[Path]:
@@ -68,7 +77,11 @@ def remove_leftovers(directory: Path, older_than_s: float = 0) -> list[Path]:
     for leftover in sorted(directory.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}")):
         try:
             if leftover.stat().st_mtime <= latest:
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                if leftover.is_dir():
+                    # Another thread may still write there: under a new name it cannot become a state while it is being emptied.
+                    shutil.rmtree(leftover.rename(hidden_name(directory)))
+                else:
+                    leftover.unlink()
                 removed.append(leftover)
         except FileNotFoundError:  # its writer has just finished with it
             continue

@@ -63,9 +63,11 @@ def build_run(settings: Settings, output_dir: Path, log_dir: Path, console: Cons
 
     vae = load_vae_in_use(base, keys, device)
     networks = load_networks(base, keys)
+    stop.check()
     set_attention(networks.unet, vae.module, active_backend(settings.values))
     latents = _latents(dataset, vae, keys)
     train_here(networks, device, keys)
+    stop.check()
 
     batches = num_batches(index, keys.batch_size)
     per_epoch = steps_per_epoch(batches, keys.gradient_accumulation_steps, 1)

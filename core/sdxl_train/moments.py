@@ -51,7 +51,11 @@ def after_step(run: Run, loss: Tensor | None, rates: Mapping[str, float | Tensor
 
 def _requests(run: Run) -> list[str]:
     """What `sdxl-train ctl` asks for now; what cannot be done is left out with a warning."""
-    asked = take_requests(run.output_dir) if run.is_main_process else []
+    try:
+        asked = take_requests(run.output_dir) if run.is_main_process else []
+    except OSError as error:  # the disk refuses, for a while perhaps; a request that cannot be read is no reason to end the training
+        run.parts.console.warn(f"requests of sdxl-train ctl cannot be read: {error}")
+        asked = []
     for request in asked:
         if request not in REQUESTS:
             run.parts.console.warn(f"{run.output_dir / CONTROL_NAME}: {request!r} is no request; there are {', '.join(REQUESTS)}")
@@ -80,6 +84,8 @@ def finish(run: Run) -> Iterator[None]:
         yield
         run.parts.metrics.flush()
         _save_if_wanted(run, moment, is_last=True)
+        run.parts.saves.finish(run)
+        run.parts.saves.refuse_failure()
         _sample_if_wanted(run, moment)
         run.parts.stop.check()  # a signal that came while the last samples were rendered
     except Interrupted as stop:

@@ -97,14 +97,14 @@ def prepare_output_dir(path: Path, *, fresh: bool, now: datetime, warn: Callable
             _set_earlier_run_aside(path, now, warn)
         for name in ("models", "samples", "logs"):
             (path / name).mkdir(parents=True, exist_ok=True)
-        log_dir = path / "logs" / _free_stamp(now, lambda stamp: os.path.lexists(path / "logs" / stamp))
+        log_dir = path / "logs" / free_stamp(now, lambda stamp: os.path.lexists(path / "logs" / stamp))
         log_dir.mkdir()
     return log_dir
 
 
 def _set_earlier_run_aside(path: Path, now: datetime, warn: Callable[[str], None]) -> None:
     earlier = [name for name in SET_ASIDE if (path / name).is_dir() and any((path / name).iterdir())]
-    stamp = _free_stamp(now, lambda stamp: any(os.path.lexists(path / f"{name}.old-{stamp}") for name in SET_ASIDE))
+    stamp = free_stamp(now, lambda stamp: any(os.path.lexists(path / f"{name}.old-{stamp}") for name in SET_ASIDE))
     for name in earlier:
         kept = path / f"{name}.old-{stamp}"
         (path / name).rename(kept)
@@ -192,7 +192,7 @@ def _directories(path: Path) -> list[Path]:
     return walked
 
 
-def _free_stamp(now: datetime, taken: Callable[[str], bool]) -> str:
+def free_stamp(now: datetime, taken: Callable[[str], bool]) -> str:
     """The first second from `now` on whose time stamp is not taken."""
     for seconds in itertools.count():
         stamp = (now + timedelta(seconds=seconds)).strftime(TIMESTAMP)

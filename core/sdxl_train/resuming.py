@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_train.errors import ConfigError
-from sdxl_train.output_dir import TIMESTAMP, matching_output_dirs
+from sdxl_train.output_dir import free_stamp, matching_output_dirs
 from sdxl_train.state_directory import MANIFEST, state_faults, states_in, step_of
 
 if TYPE_CHECKING:
@@ -47,25 +48,32 @@ def find_state(resume_from: str, pattern: str, warn: Callable[[str], None]) -> t
 
 
 def _latest(folders: list[Path], pattern: str, warn: Callable[[str], None]) -> tuple[Path, Path] | None:
-    by_time = sorted(((_last_written(folder), folder) for folder in folders if states_in(folder)), reverse=True)
-    if not by_time:
+    found = sorted(((_time_written(state), step, state, folder) for folder in folders for step, state in states_in(folder)), reverse=True)
+    if not found:
         warn(f'resume_from = "latest": there is no train state in {pattern}; the training begins anew')
         return None
-    broken: list[str] = []
-    for _, folder in by_time:
-        for _, state in states_in(folder):
-            faults = state_faults(state)
-            if not faults:
-                for fault in broken:
-                    warn(f"a newer train state is passed over: {fault}")
-                return state, folder
-            broken.append(faults[0])
-    raise ConfigError(f'resume_from = "latest": no train state in {pattern} is complete: {"; ".join(broken)}')
+    read: dict[Path, list[str]] = {}
+
+    def is_complete(state: Path) -> bool:
+        if state not in read:
+            read[state] = state_faults(state)
+        return not read[state]
+
+    folder = next((folder for _, _, state, folder in found if is_complete(state)), None)
+    newest = next((state for _, state in states_in(folder) if is_complete(state)), None) if folder else None
+    broken = [faults[0] for faults in read.values() if faults]
+    if newest is None or folder is None:
+        raise ConfigError(f'resume_from = "latest": no train state in {pattern} is complete: {"; ".join(broken)}')
+    for fault in broken:
+        warn(f"a newer train state is passed over: {fault}")
+    return newest, folder
 
 
-def _last_written(folder: Path) -> float:
-    manifests = (state / MANIFEST for _, state in states_in(folder))
-    return max((path.stat().st_mtime for path in manifests if path.is_file()), default=-math.inf)
+def _time_written(state: Path) -> float:
+    try:
+        return (state / MANIFEST).stat().st_mtime
+    except OSError:
+        return -math.inf
 
 
 def set_later_saves_aside(output_dir: Path, output_name: str, step: int, now: datetime, tell: Callable[[str], None]) -> None:
@@ -79,8 +87,9 @@ def set_later_saves_aside(output_dir: Path, output_name: str, step: int, now: da
     if models.is_dir():
         named = [(step_of(path.stem), path) for path in sorted(models.glob("*.safetensors"))]
         found += [path for name, path in named if name and name[0] == output_name and name[1] > step]
+    stamp = free_stamp(now, lambda stamp: any(os.path.lexists(f"{path}.old-{stamp}") for path in found))
     for path in found:
-        kept = path.with_name(f"{path.name}.old-{now.strftime(TIMESTAMP)}")
+        kept = path.with_name(f"{path.name}.old-{stamp}")
         path.rename(kept)
         tell(f"{path} is of a later step than the one that is gone on from; it is now {kept}")
 

@@ -1,7 +1,7 @@
 """Saving while the training goes on: a snapshot in the main thread, the files in another, the news back in the main thread.
 
 One save is in flight at a time. A file or state is announced, by a line on stderr, once it has been read back; only then are older ones
-removed. Plugins are told in the main thread, at the end of the next step.
+of its kind removed. Plugins are told in the main thread, at the end of the next step. Where the model cannot be saved the state still is.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sdxl_train.check_files import model_bytes
-from sdxl_train.errors import ConfigError
+from sdxl_train.errors import CheckpointError, ConfigError
 from sdxl_train.model.saving import NotSavedError, file_markers, file_metadata, save_checkpoint, written_faults
 from sdxl_train.state_directory import STATES, discard, state_faults, states_in, step_of
-from sdxl_train.train_state import Snapshot, Snapshotter, write_state
+from sdxl_train.train_state import Snapshot, Snapshotter, save_name, write_state
 
 if TYPE_CHECKING:
     from sdxl_train.keys import Config
@@ -35,14 +35,14 @@ class _Job:
 
     step: int
     reason: str
-    write: Callable[[], list[Path]]
-    paths: list[Path] = field(default_factory=list)
+    write: Callable[[list[Path]], None]
+    paths: list[Path] = field(default_factory=list)  # what is announced
     error: BaseException | None = None
     thread: threading.Thread | None = None
 
     def run(self) -> None:
         try:
-            self.paths = self.write()
+            self.write(self.paths)
         except BaseException as error:  # for the main thread, which reports or raises it
             self.error = error
 
@@ -61,10 +61,19 @@ class Saves:
         self._output_dir = output_dir
         self._snapshotter = Snapshotter()
         self._job: _Job | None = None
+        self._failure: NotSavedError | None = None  # of the newest save
+        self._resumed_step: int | None = None
+        self._verified: set[Path] = set()  # states that this process has read back
+        self._told: set[Path] = set()
 
     def is_saved(self, run: Run) -> bool:
-        """Whether the present step is saved, or being saved."""
-        return run.step in run.saved or (self._job is not None and self._job.step == run.step)
+        """Whether the present step is saved, or being saved, or the one that was resumed from in this folder."""
+        return run.step in run.saved or run.step == self._resumed_step or (self._job is not None and self._job.step == run.step)
+
+    def resumed_from(self, run: Run, state: Path) -> None:
+        """The run goes on from this state: where it is one of this folder, it is not written again."""
+        if state.resolve() == (self._output_dir / STATES / save_name(run)).resolve():
+            self._resumed_step = run.step
 
     def start(self, run: Run, reason: str) -> None:
         """Save the present step: wait for the save before, copy everything, and write it in another thread.
@@ -75,14 +84,21 @@ class Saves:
         self.finish(run)
         metadata = _metadata(run) if self._keys.save_model else {}
         snapshot = self._snapshotter.take(run)
-        self._check_room(snapshot)
+        try:
+            self._check_room(snapshot)
+        except NotSavedError as error:
+            self._failure = error
+            raise
         markers = file_markers(self._keys.prediction_type, self._keys.zero_terminal_snr)
         console = run.parts.console
 
         def announce(path: Path) -> None:
             console.line(f"saved {path} ({reason})")
 
-        job = _Job(run.step, reason, lambda: self._write(snapshot, metadata, markers, announce, console.warn))
+        def write_model() -> Path:
+            return self._write_model(snapshot, metadata, markers)
+
+        job = _Job(run.step, reason, lambda written: self._write(snapshot, write_model, announce, console.warn, written))
         job.thread = threading.Thread(target=job.run, name="save", daemon=True)
         self._job = job
         job.thread.start()
@@ -106,40 +122,67 @@ class Saves:
             return
         assert job.thread is not None
         job.thread.join()
+        self._failure = job.error if isinstance(job.error, NotSavedError) else None
+        if job.error is None:
+            run.saved.setdefault(job.step, job.paths[0])
+        for path in job.paths:
+            if path.suffix == SUFFIX and path not in self._told:
+                self._told.add(path)
+                run.parts.hooks.on_save(run=run, path=path, reason=job.reason)
         if job.error is not None:
             if must_succeed or not isinstance(job.error, NotSavedError):
                 raise job.error
             run.parts.console.warn(f"saving at step {job.step} failed, and will be tried again at the next trigger: {job.error}")
-            return
-        for path in job.paths:
-            run.saved.setdefault(job.step, path)
-            if path.suffix == SUFFIX:
-                run.parts.hooks.on_save(run=run, path=path, reason=job.reason)
+
+    def refuse_failure(self) -> None:
+        """At the end of the training: the newest save was not one that failed.
+
+        Raises:
+            NotSavedError: it was.
+        """
+        if self._failure is not None:
+            raise self._failure
 
     def _write(
         self,
         snapshot: Snapshot,
-        metadata: dict[str, str],
-        markers: tuple[str, ...],
+        write_model: Callable[[], Path],
         announce: Callable[[Path], None],
         warn: Callable[[str], None],
-    ) -> list[Path]:
-        """In the other thread: write, read back, announce, prune. The paths, the model first."""
-        paths = []
-        try:
-            if self._keys.save_model:
-                paths.append(self._write_model(snapshot, metadata, markers))
-                announce(paths[-1])
-            if self._keys.save_train_state:
-                paths.append(self._write_state(snapshot))
-                announce(paths[-1])
-        except OSError as error:
-            raise NotSavedError(f"{error.filename or self._output_dir}: {os.strerror(error.errno) if error.errno else error}") from error
-        try:
-            self._prune(snapshot.step)
-        except OSError as error:
-            warn(f"an older save cannot be removed: {error.filename}: {error.strerror}")
-        return paths
+        written: list[Path],
+    ) -> None:
+        """In the other thread, the model first, then the state: write, read back, announce, prune.
+
+        Args:
+            written: gets each path.
+        Raises:
+            CheckpointError: what kept a file from being written, after all others were.
+        """
+        keys, failures = self._keys, list[CheckpointError]()
+        for is_wanted, write, prune in (
+            (keys.save_model, write_model, self._prune_models),
+            (keys.save_train_state, lambda: self._write_state(snapshot), lambda: self._prune_states(snapshot.step)),
+        ):
+            if not is_wanted:
+                continue
+            try:
+                path = write()
+            except OSError as error:
+                failures.append(NotSavedError(f"{error.filename or self._output_dir}: {_reason(error)}"))
+                continue
+            except CheckpointError as error:
+                failures.append(error)
+                continue
+            announce(path)
+            written.append(path)
+            try:
+                prune()
+            except OSError as error:
+                warn(f"an older save cannot be removed: {error.filename}: {error.strerror}")
+        # What a later try would meet again comes first.
+        failures.sort(key=lambda failure: isinstance(failure, NotSavedError))
+        if failures:
+            raise type(failures[0])("; ".join(map(str, failures))) from failures[0]
 
     def _write_model(self, snapshot: Snapshot, metadata: dict[str, str], markers: tuple[str, ...]) -> Path:
         path = self._output_dir / "models" / f"{snapshot.name}{SUFFIX}"
@@ -151,44 +194,59 @@ class Saves:
 
     def _write_state(self, snapshot: Snapshot) -> Path:
         path = self._output_dir / STATES / snapshot.name
+        if path.exists() and not state_faults(path):  # of this step, in this line: to replace it could only lose it
+            return path
         try:
             write_state(snapshot, path)
         except OSError as error:
-            raise NotSavedError(f"{path}: cannot be saved: {_cause(error, snapshot.num_bytes, self._output_dir)}") from error
+            raise NotSavedError(f"{path}: cannot be saved: {self._cause(error, snapshot.num_bytes)}") from error
         faults = state_faults(path)
         if faults:
             raise NotSavedError(f"{path} does not hold what was written: {'; '.join(faults)}")
+        self._verified.add(path)
         return path
 
-    def _prune(self, step: int) -> None:
-        """Remove what is older than the newest `keep_*` saves of this line, now that the one of `step` is verified."""
-        keys = self._keys
-        if keys.save_train_state and keys.keep_train_states:
-            kept = 1  # the one of this step, which has just been verified
-            for found, path in states_in(self._output_dir):  # the newest first
-                if found >= step or step_of(path.name) != (keys.output_name, found):
-                    continue
-                if kept >= keys.keep_train_states:
-                    discard(path)
-                elif not state_faults(path):
-                    kept += 1
-        if keys.save_model and keys.keep_models:
-            models = [(step_of(path.stem), path) for path in (self._output_dir / "models").glob(f"*{SUFFIX}")]
-            own = sorted(((found[1], path) for found, path in models if found and found[0] == keys.output_name), reverse=True)
-            for _, path in own[keys.keep_models :]:
+    def _prune_states(self, step: int) -> None:
+        """Remove what is older than the newest `keep_train_states` states of this line, now that the one of `step` is verified."""
+        keys, kept = self._keys, 1  # the one of this step
+        for found, path in states_in(self._output_dir):  # the newest first
+            if found >= step or step_of(path.name) != (keys.output_name, found) or not keys.keep_train_states:
+                continue
+            if kept >= keys.keep_train_states:
                 discard(path)
+            elif path in self._verified or not state_faults(path):
+                self._verified.add(path)
+                kept += 1
+
+    def _prune_models(self) -> None:
+        """Remove all but the newest `keep_models` models of this line, now that the newest is verified."""
+        if not self._keys.keep_models:
+            return
+        models = [(step_of(path.stem), path) for path in (self._output_dir / "models").glob(f"*{SUFFIX}")]
+        own = sorted(((found[1], path) for found, path in models if found and found[0] == self._keys.output_name), reverse=True)
+        for _, path in own[self._keys.keep_models :]:
+            discard(path)
 
     def _check_room(self, snapshot: Snapshot) -> None:
         needed = model_bytes(self._base, self._keys.save_precision) if self._keys.save_model else 0
         needed += snapshot.num_bytes if self._keys.save_train_state else 0
-        free = shutil.disk_usage(self._output_dir).free
+        try:
+            free = shutil.disk_usage(self._output_dir).free
+        except OSError as error:  # it was unmounted or removed; it may come back
+            raise NotSavedError(f"{self._output_dir}: cannot be saved to: {_reason(error)}") from error
         if free < needed:
             raise NotSavedError(f"{self._output_dir}: {os.strerror(errno.ENOSPC)}: {needed} bytes needed, {free} free")
 
+    def _cause(self, error: OSError, needed: int) -> str:
+        try:
+            free = f"{shutil.disk_usage(self._output_dir).free} free"
+        except OSError as unknown:
+            free = f"the free ones are not known ({_reason(unknown)})"
+        return f"{_reason(error)}; {needed} bytes needed, {free}"
 
-def _cause(error: OSError, needed: int, folder: Path) -> str:
-    what = os.strerror(error.errno) if error.errno else str(error)
-    return f"{what}; {needed} bytes needed, {shutil.disk_usage(folder).free} free"
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)
 
 
 def _metadata(run: Run) -> dict[str, str]:
@@ -213,4 +271,3 @@ def _metadata(run: Run) -> dict[str, str]:
             raise ConfigError(f"checkpoint_metadata: two plugins, or a plugin and the trainer, give {', '.join(sorted(twice))}")
         metadata |= entries
     return metadata
-

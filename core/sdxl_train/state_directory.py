@@ -12,14 +12,13 @@ import io
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from sdxl_train.atomic import TEMPORARY_PREFIX, TEMPORARY_SUFFIX, sync_directory
+from sdxl_train.atomic import hidden_name, sync_directory
 
 MANIFEST = "manifest.json"
 STATES = "train_state"
@@ -80,23 +79,28 @@ class _HashedFile(io.RawIOBase):
 def staged_state(final: Path) -> Iterator[Staging]:
     """A staging directory beside `final` that takes its name when the block ends; when it raises, nothing is left.
 
+    What had the name is removed; between the two renames there is neither, so it must be nothing that is still wanted.
+
     Raises:
         OSError: from the file system; a failed fsync is final for what was written.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    directory = _hidden_name(final.parent)
+    if not final.parent.is_dir():
+        final.parent.mkdir(parents=True, exist_ok=True)
+        sync_directory(final.parent.parent)
+    directory, replaced = hidden_name(final.parent), hidden_name(final.parent)
     directory.mkdir()
     try:
         staging = Staging(directory)
         yield staging
         staging.finish()
-        if final.exists():  # of the same step, and not believed, or it would not be written again
-            final.rename(_hidden_name(final.parent))
+        if final.exists():
+            final.rename(replaced)
         directory.rename(final)
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
     sync_directory(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def state_faults(directory: Path) -> list[str]:
@@ -116,15 +120,25 @@ def state_faults(directory: Path) -> list[str]:
         path = directory / name
         if path.name != name or name in (".", ".."):
             faults.append(f"{directory / MANIFEST} names {name!r}, which is no file of the state")
-        elif not path.is_file():
-            faults.append(f"{path} is missing")
-        elif (found := path.stat().st_size) != num_bytes:
-            faults.append(f"{path} has {found} bytes in place of {num_bytes}")
-        else:
-            with open(path, "rb", buffering=0) as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    faults.append(f"{path} has changed: its SHA-256 is another one")
+            continue
+        try:
+            fault = _file_fault(path, num_bytes, sha256)
+        except OSError as error:  # a bad sector, say
+            fault = f"cannot be read: {error.strerror}"
+        if fault:
+            faults.append(f"{path} {fault}")
     return faults
+
+
+def _file_fault(path: Path, num_bytes: int, sha256: str) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    if (found := path.stat().st_size) != num_bytes:
+        return f"has {found} bytes in place of {num_bytes}"
+    with open(path, "rb", buffering=0) as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            return "has changed: its SHA-256 is another one"
+    return None
 
 
 def step_of(name: str) -> tuple[str, int] | None:
@@ -145,13 +159,9 @@ def states_in(output_dir: Path) -> list[tuple[int, Path]]:
 def discard(path: Path) -> None:
     """Remove a state or a file. It gets a name that no state has first, so a removal that breaks off leaves no half state."""
     if path.is_dir():
-        trash = _hidden_name(path.parent)
+        trash = hidden_name(path.parent)
         path.rename(trash)
         sync_directory(path.parent)
         shutil.rmtree(trash)
     else:
         path.unlink()
-
-
-def _hidden_name(folder: Path) -> Path:
-    return folder / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"

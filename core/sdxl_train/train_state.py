@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sdxl_train.errors import CheckpointError
+from sdxl_train.model.saving import is_finite
 from sdxl_train.model.weight_file import TensorToWrite, WeightFile, dtype_name, write_safetensors
 from sdxl_train.networks import trained_values
 from sdxl_train.optimizer_state import load_optimizer_state, optimizer_state
@@ -163,17 +164,28 @@ def write_state(snapshot: Snapshot, directory: Path) -> None:
 
     Raises:
         OSError: from the file system.
+        CheckpointError: weights that are not finite.
     """
     with staged_state(directory) as staging:
-        files = {_WEIGHTS: {f"{part}.{name}": value for part, values in snapshot.weights.items() for name, value in values.items()}}
-        for name, tensors in (files | dict(snapshot.tensors)).items():
+        weights = {f"{part}.{name}": value for part, values in snapshot.weights.items() for name, value in values.items()}
+        files = {_WEIGHTS: {name: _to_write(value, weight=name) for name, value in weights.items()}}
+        for name, tensors in snapshot.tensors.items():
+            files[name] = {key: _to_write(tensor) for key, tensor in tensors.items()}
+        for name, tensors in files.items():
             with staging.file(name) as file:
-                write_safetensors(file, {key: _to_write(tensor) for key, tensor in tensors.items()}, {})
+                write_safetensors(file, tensors, {})
         staging.write_json(STATE_NAME, snapshot.state)
 
 
-def _to_write(tensor: Tensor) -> TensorToWrite:
-    return TensorToWrite(dtype_name(tensor.dtype), tuple(tensor.shape), lambda: tensor)
+def _to_write(tensor: Tensor, weight: str | None = None) -> TensorToWrite:
+    """Args: weight: the name of one, which must be finite; moments of an optimizer need not be."""
+
+    def values() -> Tensor:
+        if weight is not None and not is_finite(tensor):
+            raise CheckpointError(f"not saved: {weight} holds values that are not finite")
+        return tensor
+
+    return TensorToWrite(dtype_name(tensor.dtype), tuple(tensor.shape), values)
 
 
 class SavedState:

@@ -13,7 +13,7 @@ from sdxl_train.config import Settings
 from sdxl_train.console import Console, showing_log
 from sdxl_train.control import forget_requests
 from sdxl_train.hook_watch import watching_hooks
-from sdxl_train.output_dir import locked_output_dir, prepare_output_dir, resolve_output_dir
+from sdxl_train.output_dir import file_errors, locked_output_dir, prepare_output_dir, resolve_output_dir
 from sdxl_train.processes import refuse_several_processes
 from sdxl_train.resuming import changes, find_state, refuse_other_shapes, refuse_other_training, set_later_saves_aside
 from sdxl_train.stopping import StopRequest, ending_with_its_code
@@ -82,6 +82,8 @@ def _resume(run: Run, state: Path, now: datetime) -> bool:
     for line in changes(run, saved, environment(run)):
         console.line(line)
     restore(run, saved)
-    set_later_saves_aside(run.output_dir, run.parts.keys.output_name, run.step, now, console.line)
+    with file_errors(run.output_dir):
+        set_later_saves_aside(run.output_dir, run.parts.keys.output_name, run.step, now, console.line)
+    run.parts.saves.resumed_from(run, state)
     console.line(f"resuming: {state}, after step {run.step}")
     return True

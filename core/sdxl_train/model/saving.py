@@ -99,7 +99,7 @@ def written_faults(path: Path, tensors: Mapping[str, TensorToWrite]) -> list[str
     for name in wanted.keys() & found.keys():
         if found[name] != wanted[name]:
             faults.append(f"{name} is {found[name]} in place of {wanted[name]}")
-        elif found[name][0] in FLOAT_DTYPES and not _is_finite(file.read(name)):
+        elif found[name][0] in FLOAT_DTYPES and not is_finite(file.read(name)):
             faults.append(f"{name} is not finite")
     return faults
 
@@ -171,11 +171,12 @@ def _base_tensor(base: Checkpoint, name: str, dtype: str | None, checked: bool) 
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
-    if not _is_finite(tensor):
+    if not is_finite(tensor):
         raise CheckpointError(f"not saved: {name} holds values that are not finite in {str(tensor.dtype).removeprefix('torch.')}")
     return tensor
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are, in one pass."""
     # NaN comes through as an extreme; one pass, where isfinite() takes several.
     return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
