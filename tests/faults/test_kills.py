@@ -1,83 +1,95 @@
-"""SIGKILL at random moments of a training that saves all the time: nothing announced is lost, nothing torn is believed."""
+"""SIGKILL during trainings that save all the time: nothing announced is lost, nothing torn is believed, and what is left resumes."""
 
 import os
 import random
 import re
+import shutil
 import signal
-import sys
 import time
 from datetime import datetime
 from pathlib import Path
 
 import pytest
+from fault_runs import Disk, Fork, content_of_state, fork, hidden, killing, newest_state, train_into
 
-from sdxl_train.build import build_run
-from sdxl_train.config import load_settings
-from sdxl_train.console import Console
-from sdxl_train.loop import train
 from sdxl_train.model.safetensors_header import read_header
 from sdxl_train.output_dir import prepare_output_dir
-from sdxl_train.saves import Saves
+from sdxl_train.run import Run
 from sdxl_train.state_directory import state_faults, states_in
-from sdxl_train.stopping import StopRequest
+from sdxl_train.train_state import SavedState, restore
 
 SAVED = re.compile(r"^saved (.+) \(", re.MULTILINE)
+OPERATIONS_OF_A_SAVE = 2870  # about; most are writes
 
 
-def train_and_kill(run, out: Path, log: Path, wait: float) -> list[Path]:
-    """Train into `out` in a forked process and kill it so many seconds after its first announcement; what it announced."""
-    (out / "models").mkdir(parents=True)
-    child = os.fork()
-    if child == 0:
-        try:
-            sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115
-            run.output_dir = out
-            run.parts.saves = Saves(run.parts.keys, run.parts.base, out)
-            train(run)
-        finally:
-            os._exit(9)  # it was to be killed long before
+def step_of_path(path: Path) -> int:
+    return int(path.stem.rpartition("step")[2])
+
+
+def killed_at_an_operation(run: Run, out: Path, draw: random.Random) -> Fork:
+    """Train until an operation of the second save."""
+    at = draw.randrange(OPERATIONS_OF_A_SAVE, 2 * OPERATIONS_OF_A_SAVE + 30)
+
+    def body() -> None:
+        Disk((out / "models", out / "train_state"), killing(lambda one: one.number == at)).install()
+        train_into(run, out)
+
+    return fork(body, out.with_name(f"{out.name}.log"))
+
+
+def killed_at_a_time(run: Run, out: Path, draw: random.Random) -> Fork:
+    """Train until up to 0.6 s after the first announcement."""
+    child = fork(lambda: train_into(run, out), out.with_name(f"{out.name}.log"))
     end = time.monotonic() + 120
-    while not (log.exists() and SAVED.search(log.read_text())):
+    while not (child.log.exists() and SAVED.search(child.log.read_text())):
         assert time.monotonic() < end
-        time.sleep(0.02)
-    time.sleep(wait)
-    os.kill(child, signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    return [Path(path) for path in SAVED.findall(log.read_text())]
+        time.sleep(0.01)
+    time.sleep(draw.uniform(0, 0.6))
+    os.kill(child.pid, signal.SIGKILL)
+    return child
 
 
-@pytest.fixture
-def run(config, tmp_path: Path):
-    """A training that saves after every step and keeps one state, made but not begun."""
-    settings = load_settings(config(save_every_n_steps=1, num_train_epochs=5000, keep_models=3, trackers=[], optimizer_type="AdamW"))
-    return build_run(settings, tmp_path / "unused", tmp_path / "unused", Console(), StopRequest())
+def check_what_is_left(out: Path, announced: list[Path]) -> None:
+    assert [path for _, path in states_in(out) if state_faults(path)] == [], "a torn state under a final name"
+    states = [path for path in announced if path.parent.name == "train_state"]
+    if states:  # the newest announced, or one that was finished after it
+        newest = newest_state(out)
+        assert newest is not None and step_of_path(newest) >= step_of_path(states[-1])
+    for model in (out / "models").glob("*.safetensors"):
+        header = read_header(str(model))
+        assert model.stat().st_size == max(info.end for info in header.tensors.values())
+    assert [path for path in announced if path.suffix == ".safetensors"][-1].exists()
+    assert len(hidden(out)) <= 3, "a file, a staging and a trash directory at most"
+    prepare_output_dir(out, fresh=False, now=datetime.now(), warn=print)
+    assert hidden(out) == []
 
 
-def check_kills(run, tmp_path: Path, num_kills: int) -> None:
-    draw = random.Random(1)
+def check_kills(run: Run, folder: Path, num_kills: int, resume_every: int) -> None:
+    draw, whole = random.Random(1), folder / "whole"
+    assert fork(lambda: train_into(run, whole, 4), folder / "whole.log").wait() == 0
     for i in range(num_kills):
-        out = tmp_path / f"killed{i}"
-        announced = train_and_kill(run, out, tmp_path / f"{i}.log", draw.uniform(0, 0.7))
-        states = [path for path in announced if path.parent.name == "train_state"]
-        if states:  # the newest announced, or one that was finished after it
-            _, newest = next((step, path) for step, path in states_in(out) if not state_faults(path))
-            assert int(newest.name.rpartition("step")[2]) >= int(states[-1].name.rpartition("step")[2])
-        assert [path for _, path in states_in(out) if state_faults(path)] == [], "a torn state under a final name"
-        for model in (out / "models").glob("*.safetensors"):
-            header = read_header(str(model))
-            assert model.stat().st_size == max(info.end for info in header.tensors.values())
-        newest_model = [path for path in announced if path.suffix == ".safetensors"][-1]
-        assert newest_model.exists()
-        left = [path for folder in ("models", "train_state") for path in out.glob(f"{folder}/.sdxl-train-*")]
-        assert len(left) <= 3, "a file, a staging and a trash directory at most"
-        prepare_output_dir(out, fresh=False, now=datetime.now(), warn=print)
-        assert [path for folder in ("models", "train_state") for path in out.glob(f"{folder}/.sdxl-train-*")] == []
+        out = folder / f"killed{i}"
+        child = (killed_at_a_time if i % 2 else killed_at_an_operation)(run, out, draw)
+        assert child.wait() == -signal.SIGKILL
+        check_what_is_left(out, [Path(path) for path in SAVED.findall(child.log.read_text())])
+        state = newest_state(out)
+        if i % resume_every == 0 and state is not None and step_of_path(state) < 4:
+
+            def again(out: Path = out, state: Path = state) -> None:
+                restore(run, SavedState(state))
+                train_into(run, out, 4)
+
+            assert fork(again, folder / "again.log").wait() == 0
+            last, uninterrupted = (next(end.glob("train_state/*_step4")) for end in (out, whole))
+            assert content_of_state(last) == content_of_state(uninterrupted)
+            assert (out / "models" / f"{last.name}.safetensors").read_bytes() == (whole / "models" / f"{last.name}.safetensors").read_bytes()
+        shutil.rmtree(out)
 
 
-def test_a_kill_at_any_moment_loses_and_tears_nothing(run, tmp_path: Path) -> None:
-    check_kills(run, tmp_path, 8)
+def test_a_kill_at_any_moment_loses_and_tears_nothing(built_once: Run, tmp_path: Path) -> None:
+    check_kills(built_once, tmp_path, 4, resume_every=4)
 
 
 @pytest.mark.slow
-def test_a_hundred_kills_lose_and_tear_nothing(run, tmp_path: Path) -> None:
-    check_kills(run, tmp_path, 100)
+def test_many_kills_lose_and_tear_nothing(built_once: Run, tmp_path: Path) -> None:
+    check_kills(built_once, tmp_path, 80, resume_every=20)
