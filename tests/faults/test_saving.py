@@ -140,8 +140,10 @@ def test_a_limit_on_file_sizes_is_named_with_exit_code_1_and_the_state_is_saved(
     assert list((tmp_path / "out" / "models").iterdir()) == [] and hidden(tmp_path / "out") == []
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_becomes_closed_is_named(built_once: Run, tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o555)
+    if os.access(tmp_path / "closed", os.W_OK):
+        pytest.skip("root may write anywhere")
     out = tmp_path / "out"
 
     def closing(one: Operation) -> None:
