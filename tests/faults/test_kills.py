@@ -92,4 +92,4 @@ def test_a_kill_at_any_moment_loses_and_tears_nothing(built_once: Run, tmp_path:
 
 @pytest.mark.slow
 def test_many_kills_lose_and_tear_nothing(built_once: Run, tmp_path: Path) -> None:
-    check_kills(built_once, tmp_path, 80, resume_every=20)
+    check_kills(built_once, tmp_path, 100, resume_every=20)

@@ -247,7 +247,7 @@ def test_a_model_is_whole_or_absent_in_many_kills(clean) -> None:
 def check_kills_of_caches(forked_cli, config, pictures: Path, number: int) -> None:
     draw, file = random.Random(9), config()
     for _ in range(number):
-        if len(list(pictures.glob("*.npz"))) > 6:
+        if len(list(pictures.glob("*.npz"))) > 4:  # else there is not enough left to be done
             for path in pictures.glob("*.npz"):
                 path.unlink()
         before = {path.name: path.stat().st_mtime_ns for path in pictures.glob("*.npz")}

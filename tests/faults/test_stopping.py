@@ -175,7 +175,7 @@ def test_a_second_signal_in_a_save_ends_at_once_and_loses_nothing(forked_cli, co
 
 @pytest.mark.slow
 def test_many_second_signals_in_saves(forked_cli, config, tmp_path: Path) -> None:
-    check_two_signals_in_a_save(forked_cli, config, tmp_path, 20)
+    check_two_signals_in_a_save(forked_cli, config, tmp_path, 25)
 
 
 def test_a_staging_directory_that_is_being_removed_cannot_become_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
