@@ -1,4 +1,4 @@
-"""Measures the goals for a step, C1, C2, C3, C12 and C13, beside plain alternatives; prints one table. Needs no GPU.
+"""Measures the goals for a step and a save, C1, C2, C3, C11, C12 and C13, beside plain alternatives; prints one table. Needs no GPU.
 
     python benchmarks/step.py [--only C1,C12] [--quick] [--json]
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import meta_steps
 import optimizers
+import saving
 import trainer_steps
 from measuring import Line, in_own_process
 from table import as_json, as_table, metrics_of, told
@@ -29,24 +30,27 @@ class Counts:
     Attributes:
         steps: of the trainer, and as many of the plain loop, twice (C1).
         repeats, rounds: updates of a round, and rounds over all optimizers (C2).
+        saves: states written (C11).
         hook_rounds: calls of all hooks of a step (C12).
-        is_tiny: the tiny SDXL in place of the full one (C13): the figures mean nothing.
+        is_tiny: the tiny SDXL in place of a larger one (C11) and of the full one (C13): the figures mean nothing.
     """
 
     steps: int = 200
     repeats: int = 5
     rounds: int = 7
+    saves: int = 5
     hook_rounds: int = 1000
     is_tiny: bool = False
 
 
-_QUICK = Counts(steps=50, repeats=3, rounds=3, hook_rounds=200)
-_TINY = Counts(steps=2, repeats=1, rounds=1, hook_rounds=3, is_tiny=True)
+_QUICK = Counts(steps=50, repeats=3, rounds=3, saves=3, hook_rounds=200)
+_TINY = Counts(steps=2, repeats=1, rounds=1, saves=1, hook_rounds=3, is_tiny=True)
 
 GROUPS: dict[str, Callable[[Path, Counts], Iterator[Line]]] = {
     "C1": lambda folder, counts: trainer_steps.step_lines(folder, counts.steps),
     "C2": lambda folder, counts: iter(in_own_process(optimizers.measure, counts.repeats, counts.rounds)),
     "C3": lambda folder, counts: meta_steps.wait_lines(folder),
+    "C11": lambda folder, counts: saving.saving_lines(folder, counts.saves, counts.is_tiny),
     "C12": lambda folder, counts: trainer_steps.hook_lines(folder, counts.hook_rounds),
     "C13": lambda folder, counts: meta_steps.memory_lines(folder, counts.is_tiny),
 }

@@ -107,12 +107,14 @@ def test_updates_of_as_many_tensors_as_sdxl_has_are_measured() -> None:
     assert {line["goal"]["limit"] for line in found if line["goal"]} == {5}
 
 
-def test_waits_and_memory_are_counted_without_a_device() -> None:
-    found = step_lines("C3,C13")
+def test_waits_saves_and_memory_are_measured_without_a_device() -> None:
+    found = step_lines("C3,C11,C13")
     assert [line["value"] for line in found if line["metric"] == "C3"] == [0, 0, 0]
     memory = [line for line in found if line["metric"] == "C13"]
     assert [line["goal"]["limit"] for line in memory] == [5.9, 16.5, 11.0, 41.5]
     with_frozen = [line["value"] for line in found if not line["metric"]]
+    saves = [line for line in found if line["metric"] == "C11"]
+    assert [line["goal"]["limit"] for line in saves] == [1.3, 1.35] and all_positive(saves) and all(line["plain"] > 0 for line in saves)
     assert all(0 < line["value"] < more for line, more in zip(memory, with_frozen, strict=True))
 
 

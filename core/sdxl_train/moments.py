@@ -14,6 +14,7 @@ from sdxl_train.model.saving import NotSavedError
 from sdxl_train.run import Run
 from sdxl_train.sample_round import render_training_round
 from sdxl_train.stopping import Interrupted
+from sdxl_train.train_state import refuse_state_that_cannot_be_kept
 
 
 def before_first_step(run: Run) -> None:
@@ -32,6 +33,8 @@ def after_step(run: Run, loss: Tensor | None, rates: Mapping[str, float | Tensor
         Whether a plugin, or a request to the running job, wants to stop.
     """
     run.step += 1
+    if run.step == 1 and run.parts.keys.save_train_state:
+        refuse_state_that_cannot_be_kept(run)
     run.parts.saves.poll(run)
     metrics: dict[str, float | Tensor] = {**rates, **run.parts.speed.metrics()}
     if loss is not None:

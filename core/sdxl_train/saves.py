@@ -83,7 +83,7 @@ class Saves:
         """
         self.finish(run)
         metadata = _metadata(run) if self._keys.save_model else {}
-        snapshot = self._snapshotter.take(run)
+        snapshot = self._snapshotter.take(run, with_state=self._keys.save_train_state)
         try:
             self._check_room(snapshot)
         except NotSavedError as error:

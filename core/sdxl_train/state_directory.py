@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -36,8 +37,8 @@ class Staging:
     @contextmanager
     def file(self, name: str) -> Iterator[BinaryIO]:
         """A new file of the state, to be written from front to back; synced when the block ends."""
-        with open(self._directory / name, "xb", buffering=0) as file:
-            hashing = _HashedFile(file)
+        with open(self._directory / name, "xb", buffering=0) as file, ThreadPoolExecutor(1, "hash") as hasher:
+            hashing = _HashedFile(file, hasher)
             yield cast(BinaryIO, hashing)
             os.fsync(file.fileno())
         self._manifest[name] = {"bytes": hashing.num_bytes, "sha256": hashing.digest.hexdigest()}
@@ -56,8 +57,11 @@ class Staging:
 
 
 class _HashedFile(io.RawIOBase):
-    def __init__(self, file: io.FileIO) -> None:
+    """What is written is hashed by another thread meanwhile, in its order; it must not change until `hasher` is shut down."""
+
+    def __init__(self, file: io.FileIO, hasher: ThreadPoolExecutor) -> None:
         self._file = file
+        self._hasher = hasher
         self.digest = hashlib.sha256()
         self.num_bytes = 0
 
@@ -68,7 +72,7 @@ class _HashedFile(io.RawIOBase):
         view = memoryview(data).cast("B")
         for start in range(0, len(view), _PIECE):
             piece = view[start : start + _PIECE]
-            self.digest.update(piece)
+            self._hasher.submit(self.digest.update, piece)
             while piece:
                 piece = piece[self._file.write(piece) :]
         self.num_bytes += len(view)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sdxl_train.errors import CheckpointError
+from sdxl_train.errors import CheckpointError, SdxlTrainError
 from sdxl_train.model.saving import is_finite
 from sdxl_train.model.weight_file import TensorToWrite, WeightFile, dtype_name, write_safetensors
 from sdxl_train.networks import trained_values
@@ -69,9 +70,9 @@ class Snapshotter:
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
-    def take(self, run: Run) -> Snapshot:
-        """Copy everything, and wait for the device once."""
-        state, tensors = _gathered(run)
+    def take(self, run: Run, with_state: bool) -> Snapshot:
+        """Copy the weights, and all else that a train state needs if one is wanted; wait for the device once."""
+        state, tensors = _gathered(run) if with_state else ({}, {})
         weights = {part: self._copies(part, values) for part, values in trained_values(run.networks).items() if values}
         copies = {file: self._copies(file, values) for file, values in tensors.items()}
         if run.device.type == "cuda":
@@ -225,6 +226,33 @@ class SavedState:
     def _tensors(self, name: str) -> dict[str, Tensor]:
         file = WeightFile(str(self.directory / name))
         return {key: file.read(key) for key in file.header.tensors}
+
+
+@contextmanager
+def making_sense_of(saved: SavedState) -> Iterator[None]:
+    """Around what reads a state whose files are those of its manifest, but may have been written by anybody.
+
+    Raises:
+        CheckpointError: entries are missing, or are not what belongs there.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{saved.directory}: its files are whole, but hold no state of this training ({found})") from error
+
+
+def refuse_state_that_cannot_be_kept(run: Run) -> None:
+    """After the first step, when the optimizer has its state: better now than at the first save.
+
+    Raises:
+        SdxlTrainError: it holds what no file of a train state can.
+    """
+    try:
+        packed(optimizer_state(run.optimizer, parameter_names(run)), {}, "optimizer")
+    except TypeError as error:
+        name = type(run.optimizer).__name__
+        raise SdxlTrainError(f"{error}. {name} cannot be resumed: choose another optimizer, or set save_train_state = false") from error
 
 
 def restore(run: Run, saved: SavedState) -> None:

@@ -70,18 +70,20 @@ def _train(settings: Settings, console: Console, stop: StopRequest) -> None:
 def _resume(run: Run, state: Path, now: datetime) -> bool:
     """Put the state into the run; False if the training is at its end already."""
     from sdxl_train.networks import trained_values
-    from sdxl_train.train_state import SavedState, environment, must_match, restore
+    from sdxl_train.train_state import SavedState, environment, making_sense_of, must_match, restore
 
     console, saved = run.parts.console, SavedState(state)
-    refuse_other_training(must_match(run), saved)
     trained = trained_values(run.networks)
-    refuse_other_shapes({f"{part}.{name}": tuple(value.shape) for part, values in trained.items() for name, value in values.items()}, saved)
-    if saved.step >= run.num_train_steps:
-        console.line(f"{state} is at step {saved.step} of {run.num_train_steps}: the training is finished; more num_train_epochs go on")
-        return False
-    for line in changes(run, saved, environment(run)):
-        console.line(line)
-    restore(run, saved)
+    shapes = {f"{part}.{name}": tuple(value.shape) for part, values in trained.items() for name, value in values.items()}
+    with making_sense_of(saved):
+        refuse_other_training(must_match(run), saved)
+        refuse_other_shapes(shapes, saved)
+        if saved.step >= run.num_train_steps:
+            console.line(f"{state} is at step {saved.step} of {run.num_train_steps}: the training is finished; more num_train_epochs go on")
+            return False
+        for line in changes(run, saved, environment(run)):
+            console.line(line)
+        restore(run, saved)
     with file_errors(run.output_dir):
         set_later_saves_aside(run.output_dir, run.parts.keys.output_name, run.step, now, console.line)
     run.parts.saves.resumed_from(run, state)

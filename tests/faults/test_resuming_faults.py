@@ -347,3 +347,32 @@ def test_every_step_is_in_the_logs_after_a_kill_and_a_continuation(config, tmp_p
     lines = [json.loads(line) for log in logs for line in (log / "metrics.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines} == set(range(1, 16)) == tags["lr/unet"].keys()
     assert tags["loss/step"].keys() >= set(range(1, 16))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.pop("must_match"),
+        lambda content: content.update(optimizer={"tensor": "no such"}),
+        *(
+            pytest.param(change, marks=pytest.mark.slow)
+            for change in (lambda content: content["update"].clear(), lambda content: content.update(recorder=[1, 2]), lambda content: content.pop("epoch"))
+        ),
+    ],
+)
+def test_a_complete_state_of_nonsense_is_refused_without_a_traceback(cli, config, tmp_path: Path, change) -> None:
+    ended = cli(config(max_train_steps=2))
+    assert ended.code == 0, ended.err
+    (state,) = by_step(tmp_path / "out" / "train_state")
+    change_state(state, change)
+    ended = cli(config(max_train_steps=4, resume_from=str(state)))
+    assert ended.code == 2 and str(state) in ended.err and "hold no state of this training" in ended.err and "Traceback" not in ended.err
+
+
+def test_an_optimizer_whose_state_cannot_be_kept_is_refused_after_the_first_step(cli, config, tmp_path: Path) -> None:
+    pytest.importorskip("pytorch_optimizer")
+    keys = {"optimizer_type": "AdaShift", "max_train_steps": 3}
+    ended = cli(config(**keys))
+    assert ended.code == 1 and "deque" in ended.err and "after step 1" in ended.err and "save_train_state = false" in ended.err
+    ended = cli(config(**keys, save_train_state=False))
+    assert ended.code == 0, ended.err
