@@ -40,6 +40,7 @@ def test_both_kinds_of_metadata_are_indexed_whole(folder: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="private memory is read from /proc")
+@pytest.mark.slow
 def test_starts_and_loader_processes_see_all_data(folder: Path) -> None:
     found = lines(folder, "C6")
     assert {line["count"] for line in found} == {2000}
@@ -48,6 +49,7 @@ def test_starts_and_loader_processes_see_all_data(folder: Path) -> None:
     assert all_positive([line for line in found if "CPU" in line["unit"]])
 
 
+@pytest.mark.slow
 def test_latents_are_read_from_caches_that_were_written(folder: Path) -> None:
     found = lines(folder, "C7")
     assert [(line["count"], line["plain_what"]) for line in found] == [(3, "memcpy"), (3, "np.load and np.stack")]
@@ -55,6 +57,7 @@ def test_latents_are_read_from_caches_that_were_written(folder: Path) -> None:
     assert len(list(folder.glob("plain-*/*.npz"))) == 20
 
 
+@pytest.mark.slow
 def test_jpegs_of_each_size_are_compared_with_a_full_decode(folder: Path) -> None:
     found = lines(folder, "C8")
     assert [line["unit"] for line in found] == ["CPU ms", "dB"] * 3 and all_positive(found)
@@ -62,6 +65,7 @@ def test_jpegs_of_each_size_are_compared_with_a_full_decode(folder: Path) -> Non
     assert [path.name for path in sorted(folder.glob("photographs-*/*.jpg"))] == ["00-00.jpg"] * 3
 
 
+@pytest.mark.slow
 def test_all_pictures_are_cached_beside_each_limit(folder: Path) -> None:
     found = lines(folder, "C9")
     assert [line["count"] for line in found] == [8] * 6 and all_positive(found)
@@ -92,6 +96,7 @@ def step_lines(metrics: str) -> list[dict[str, Any]]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_the_trainer_is_measured_beside_a_plain_loop_and_hooks_beside_direct_calls() -> None:
     found = step_lines("C1,C12")
     limits = [(line["metric"], line["goal"]["limit"], line["goal"]["of_ratio"]) for line in found]
@@ -101,12 +106,14 @@ def test_the_trainer_is_measured_beside_a_plain_loop_and_hooks_beside_direct_cal
     assert all(part < whole["value"] and plain < whole["plain"] for (part, plain), whole in zip(outside, found[0:4:2], strict=True))
 
 
+@pytest.mark.slow
 def test_updates_of_as_many_tensors_as_sdxl_has_are_measured() -> None:
     found = step_lines("C2")
     assert {line["count"] for line in found} == {1680} and all_positive(found)
     assert {line["goal"]["limit"] for line in found if line["goal"]} == {5}
 
 
+@pytest.mark.slow
 def test_waits_saves_and_memory_are_measured_without_a_device() -> None:
     found = step_lines("C3,C11,C13")
     assert [line["value"] for line in found if line["metric"] == "C3"] == [0, 0, 0]
@@ -118,6 +125,7 @@ def test_waits_saves_and_memory_are_measured_without_a_device() -> None:
     assert all(0 < line["value"] < more for line, more in zip(memory, with_frozen, strict=True))
 
 
+@pytest.mark.slow
 def test_every_goal_of_a_gpu_has_figures_and_levels() -> None:
     done = run("--json", script="gpu.py")
     assert done.returncode == 0, done.stderr

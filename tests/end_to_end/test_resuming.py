@@ -51,6 +51,7 @@ def losses(metrics, out: Path) -> dict[int, dict[str, float]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["AdaFactor", "AdamW"])
 @pytest.mark.parametrize("extras", [RANDOM, RANDOM | {"cache_latents": False, "gradient_accumulation_steps": 2, "mixed_precision": "bf16"}], ids=["cached", "encoded"])
 def test_a_training_stopped_at_any_step_and_resumed_equals_the_uninterrupted_one(run, metrics, tmp_path: Path, optimizer, extras) -> None:
@@ -163,11 +164,10 @@ FOUND_STEP = ("Prodigy", "DAdapt")  # what finds its own step size wants a rate 
     "optimizer",
     [
         "Lion8bit",
-        "Prodigy",
         *(
             pytest.param(name, marks=pytest.mark.slow)
             for name in (
-                "AdamW8bit", "SGDNesterov8bit", "PagedAdamW8bit", "PagedLion8bit", "PagedAdamW32bit", "Lion", "DAdaptAdam", "DAdaptAdaGrad",
+                "Prodigy", "AdamW8bit", "SGDNesterov8bit", "PagedAdamW8bit", "PagedLion8bit", "PagedAdamW32bit", "Lion", "DAdaptAdam", "DAdaptAdaGrad",
                 "DAdaptAdan", "DAdaptLion", "DAdaptSGD", "SGDNesterov", "CAME", "Adan", "StableAdamW", "torch.optim.RAdam",
             )
         ),

@@ -58,6 +58,7 @@ def in_bf16() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
 
 
+@pytest.mark.slow
 def test_more_buckets_need_no_more_compilations(small: Checkpoint) -> None:
     unet, counter = load_unet(small, torch.float32).train(), CompileCounterWithBackend("eager")
     assert compile_regions(unet, counter) == 18  # 12 ResNet blocks, 6 transformer blocks
@@ -98,6 +99,7 @@ def test_checkpointed_blocks_are_compiled_too(small: Checkpoint, context: Callab
         assert (ours - exact).norm() <= tolerance * exact.norm() + 1e-6
 
 
+@pytest.mark.slow
 def test_attention_in_chunks_stays_outside_compiled_code(small: Checkpoint) -> None:
     unet, counter = load_unet(small, torch.float32).train(), CompileCounterWithBackend("eager")
     set_attention(unet, load_vae(small, torch.float32), "mem_eff_attn")
