@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,7 +68,7 @@ def time_saving(folder: Path, repeats: int, is_tiny: bool) -> tuple[float, float
 
 def _written(snapshot: Snapshot, path: Path) -> Callable[[], object]:
     write_state(snapshot, path)
-    return lambda: None
+    return lambda: shutil.rmtree(path)
 
 
 def _raw(tensors: list[Tensor], path: Path) -> Callable[[], object]:
@@ -75,7 +76,7 @@ def _raw(tensors: list[Tensor], path: Path) -> Callable[[], object]:
         for tensor in tensors:
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         os.fsync(file.fileno())
-    return lambda: None
+    return path.unlink
 
 
 def _in_turn(repeats: int, ours: Callable[[], Callable[[], object]], plain: Callable[[], Callable[[], object]]) -> tuple[float, float]:
