@@ -19,12 +19,15 @@ from sdxl_train.plugin_functions import FunctionPlugin
 from sdxl_train.plugin_keys import PLUGIN_KEYS
 from sdxl_train.plugins import Choice, Loaded, Plugins
 from sdxl_train.randomness import FetchRandom, StepRandom, sample_place
+from sdxl_train.retrieval import Retrieval, retrieval_accuracy
 from sdxl_train.toml_text import toml_document
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sdxl_train.data.batches import Batch
+
+__all__ = ["Outcome", "Retrieval", "TrainingProject", "check_plugin", "retrieval_accuracy", "training_project"]
 
 _COUNTER = {"artist": {"some_artist": 3}, "characters": {}, "styles": {"sketch": 2}, "quality": {"best": 3}, "category": {"pictures": 3}}
 _SEED = 1

@@ -140,6 +140,8 @@ def unsuited(optimizer_class: type[Any], given: set[str]) -> Iterator[tuple[str,
     missing = [one.name for one in others if _is_required(one) and one.name not in {*given, "lr"}]
     if first.name in ("model", "optimizer"):
         yield "", f"{name} is built around a whole {first.name}, not over parameters; choose an optimizer without it"
+    elif any(one.name.startswith("lora_") for one in others):
+        yield "", f"{name} updates pairs of LoRA matrices, and this trainer trains whole weights; choose another optimizer"
     elif missing:
         yield "", f"{name} needs {', '.join(missing)}; give it in optimizer_kwargs if a TOML value can be it, or choose another optimizer"
     elif any(_is_required(one) for one in list(inspect.signature(optimizer_class.step).parameters.values())[1:]):

@@ -22,6 +22,12 @@ def test_an_optimizer_that_needs_a_closure_is_refused_before_the_model_is_read(c
     assert ended.code == 2 and "closure" in ended.err and not (tmp_path / "out").exists()
 
 
+def test_an_optimizer_for_lora_matrices_is_refused_before_the_model_is_read(cli, config, tmp_path: Path) -> None:
+    pytest.importorskip("pytorch_optimizer")
+    ended = cli(config(optimizer_type="LoRARite"))
+    assert ended.code == 2 and "LoRA" in ended.err and not (tmp_path / "out").exists()
+
+
 def test_check_resolves_names_and_packages_without_importing_them(config) -> None:
     file = config(optimizer_type="came", tables="[optimizer_kwargs]\nweight_decay = 0.1\n")
     code = (
