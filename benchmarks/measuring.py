@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -105,6 +106,15 @@ class Sizes:
     def tiny(cls) -> Sizes:
         """Only to see that it works; the times mean nothing."""
         return cls(rows=2000, repeats=1, fetches=4, latents=20, reads=3, photographs=1, pictures=8, checked=20, shrink=4)
+
+
+def in_turn(times: int, ours: Callable[[], float], plain: Callable[[], float]) -> tuple[float, float]:
+    """The medians of both; each is first in every other turn."""
+    found: dict[Callable[[], float], list[float]] = {ours: [], plain: []}
+    for turn in range(times):
+        for work in (ours, plain) if turn % 2 else (plain, ours):
+            found[work].append(work())
+    return median(found[ours]), median(found[plain])
 
 
 def in_own_process(function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:

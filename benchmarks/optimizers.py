@@ -15,9 +15,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 
 import torch
-from measuring import Goal, Line
+from measuring import Goal, Line, in_turn
 from torch import Tensor
 from transformers.optimization import Adafactor
 
@@ -111,15 +112,14 @@ def measure_compiled(rounds: int) -> list[Line]:
     }
     lines: list[Line] = []
     for name, build in optimizers.items():
-        found: dict[bool, list[float]] = {False: [], True: []}
         matrices = torch.randn(4, _SIDE, _SIDE).bfloat16()
-        sides: dict[bool, list[Tensor]] = {side: [torch.nn.Parameter(matrix.clone()) for matrix in matrices] for side in found}
-        made = {is_compiled: build(parameters) for is_compiled, parameters in sides.items()}
-        made[True].compile_update()
-        for _ in range(rounds + 1):
-            for is_compiled, optimizer in made.items():
-                found[is_compiled].append(_cpu_ms(sides[is_compiled], ours(optimizer)))
-        plain, compiled = (statistics.median(found[is_compiled][1:]) for is_compiled in (False, True))
+        sides: list[list[Tensor]] = [[torch.nn.Parameter(matrix.clone()) for matrix in matrices] for _ in range(2)]
+        made = [build(parameters) for parameters in sides]
+        made[0].compile_update()
+        once = [partial(_cpu_ms, parameters, ours(optimizer)) for parameters, optimizer in zip(sides, made, strict=True)]
+        for update in once:
+            update()  # makes the state, and compiles
+        compiled, plain = in_turn(rounds, *once)
         what = f"{name} compiled, bfloat16, {_SIDE}x{_SIDE}"
         lines.append(Line("G9, on the CPU", what, 4, compiled, "CPU ms", plain, "uncompiled"))
     return lines

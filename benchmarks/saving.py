@@ -7,12 +7,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 
 import torch
 from made_data import captioned_pictures
 from made_run import TrainerSteps, batches_of, made_run
-from measuring import Goal, Line, in_own_process
+from measuring import Goal, Line, in_own_process, in_turn
 from torch import Tensor
 
 from sdxl_train.model.tiny import tiny_architecture
@@ -61,8 +60,8 @@ def time_saving(folder: Path, repeats: int, is_tiny: bool) -> tuple[float, float
             space.copy_(tensor)
         return lambda: None
 
-    stopped, copied = _in_turn(repeats, stop, copy)
-    written, raw = _in_turn(repeats, lambda: _written(snapshot, folder / "state"), lambda: _raw(tensors, folder / "raw"))
+    stopped, copied = _both_wall_ms(repeats, stop, copy)
+    written, raw = _both_wall_ms(repeats, lambda: _written(snapshot, folder / "state"), lambda: _raw(tensors, folder / "raw"))
     return snapshot.num_bytes / _MB, stopped, copied, written, raw
 
 
@@ -79,13 +78,16 @@ def _raw(tensors: list[Tensor], path: Path) -> Callable[[], object]:
     return path.unlink
 
 
-def _in_turn(repeats: int, ours: Callable[[], Callable[[], object]], plain: Callable[[], Callable[[], object]]) -> tuple[float, float]:
-    """Median wall ms of both, each first in every other turn; what they return is done unmeasured. The first turn does not count."""
-    times: dict[Callable[[], Callable[[], object]], list[float]] = {ours: [], plain: []}
-    for turn in range(repeats + 1):
-        for work in (ours, plain) if turn % 2 else (plain, ours):
-            start = time.perf_counter()
-            clear = work()
-            times[work].append(1000 * (time.perf_counter() - start))
-            clear()
-    return median(times[ours][1:]), median(times[plain][1:])
+def _both_wall_ms(repeats: int, ours: Callable[[], Callable[[], object]], plain: Callable[[], Callable[[], object]]) -> tuple[float, float]:
+    """Medians; what a work returns is done afterwards, unmeasured. Each is done once before, which does not count."""
+    for work in (ours, plain):
+        _wall_ms(work)
+    return in_turn(repeats, lambda: _wall_ms(ours), lambda: _wall_ms(plain))
+
+
+def _wall_ms(work: Callable[[], Callable[[], object]]) -> float:
+    start = time.perf_counter()
+    clear = work()
+    taken = 1000 * (time.perf_counter() - start)
+    clear()
+    return taken

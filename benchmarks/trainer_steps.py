@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from made_data import captioned_pictures
 from made_run import PlainSteps, TrainerSteps, batches_of, made_run
-from measuring import Goal, Line, in_own_process
+from measuring import Goal, Line, in_own_process, in_turn
 
 from sdxl_train.model.tiny import tiny_architecture
 from sdxl_train.randomness import StepRandom
@@ -60,10 +59,10 @@ def time_steps(folder: Path, optimizer: str, num_steps: int) -> tuple[tuple[floa
     for _ in range(_WARM_UP):
         trainer()
         plain()
-    in_all = _in_turn(num_steps, lambda: _cpu_ms(trainer), lambda: _cpu_ms(plain))
+    in_all = in_turn(num_steps, lambda: _cpu_ms(trainer), lambda: _cpu_ms(plain))
     inside = _Inside()
     with inside.of(run.unet, unet, *run.text_encoders, optimizers=(run.optimizer, plain_optimizer)):
-        outside = _in_turn(num_steps, lambda: _cpu_ms(trainer) - inside.take_ms(), lambda: _cpu_ms(plain) - inside.take_ms())
+        outside = in_turn(num_steps, lambda: _cpu_ms(trainer) - inside.take_ms(), lambda: _cpu_ms(plain) - inside.take_ms())
     return in_all, outside
 
 
@@ -92,7 +91,7 @@ def time_hooks(folder: Path, num_rounds: int) -> tuple[int, float, float]:
     for _ in range(_WARM_UP):
         through_hooks(fresh_calls())
         directly(fresh_methods())
-    ours, alone = _in_turn(num_rounds, lambda: _timed(through_hooks, fresh_calls()), lambda: _timed(directly, fresh_methods()))
+    ours, alone = in_turn(num_rounds, lambda: _timed(through_hooks, fresh_calls()), lambda: _timed(directly, fresh_methods()))
     return len(calls), 1000 * ours, 1000 * alone
 
 
@@ -103,15 +102,6 @@ def _run(folder: Path, optimizer: str) -> Run:
     run = made_run(folder / optimizer, tiny_architecture(), images, **keys)
     run.parts.hooks.on_train_start(run=run)
     return run
-
-
-def _in_turn(times: int, ours: Callable[[], float], plain: Callable[[], float]) -> tuple[float, float]:
-    """The medians of both; each is first in every other turn."""
-    found: dict[Callable[[], float], list[float]] = {ours: [], plain: []}
-    for turn in range(times):
-        for work in (ours, plain) if turn % 2 else (plain, ours):
-            found[work].append(work())
-    return median(found[ours]), median(found[plain])
 
 
 def _cpu_ms(work: Callable[[], object]) -> float:

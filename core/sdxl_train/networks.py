@@ -123,3 +123,8 @@ def trained_values(parts: Mapping[PartName, nn.Module]) -> dict[str, dict[str, T
         part: {module_name(name): parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
         for part, network in parts.items()
     }
+
+
+def trained_by_name(parts: Mapping[PartName, nn.Module]) -> dict[str, Tensor]:
+    """The parameters that are trained, by "part.name", as train states name them."""
+    return {f"{part}.{name}": value for part, values in trained_values(parts).items() for name, value in values.items()}

@@ -15,6 +15,8 @@ from sdxl_train.output_dir import free_stamp, matching_output_dirs
 from sdxl_train.state_directory import MANIFEST, state_faults, states_in, step_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sdxl_train.run import Run
     from sdxl_train.train_state import SavedState
 
@@ -110,15 +112,16 @@ def refuse_other_training(now: Mapping[str, Any], saved: SavedState) -> None:
         )
 
 
-def refuse_other_shapes(now: Mapping[str, tuple[int, ...]], saved: SavedState) -> None:
+def refuse_other_shapes(now: Mapping[str, Tensor], saved: SavedState) -> None:
     """
     Args:
-        now: the shape of each trained parameter, by "part.name".
+        now: the trained parameters, by "part.name".
     Raises:
         ConfigError: the state is of a model of the same names and other widths, or lacks a parameter.
     """
     then = {name: tuple(tensor.shape) for name, tensor in saved.weights().items()}
-    for name, shape in now.items():
+    for name, parameter in now.items():
+        shape = tuple(parameter.shape)
         if then.get(name) != shape:
             raise ConfigError(
                 f"resume_from: {saved.directory} is of another training: {name} is {then.get(name)} there and {shape} in the model; "

@@ -158,7 +158,8 @@ class Saves:
         Raises:
             CheckpointError: what kept a file from being written, after all others were.
         """
-        keys, failures = self._keys, list[CheckpointError]()
+        keys = self._keys
+        failures: list[CheckpointError] = []
         for is_wanted, write, prune in (
             (keys.save_model, write_model, self._prune_models),
             (keys.save_train_state, lambda: self._write_state(snapshot), lambda: self._prune_states(snapshot.step)),

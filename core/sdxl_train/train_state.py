@@ -26,7 +26,7 @@ from torch import Tensor
 from sdxl_train.errors import CheckpointError, SdxlTrainError
 from sdxl_train.model.saving import is_finite
 from sdxl_train.model.weight_file import TensorToWrite, WeightFile, dtype_name, write_safetensors
-from sdxl_train.networks import trained_values
+from sdxl_train.networks import trained_by_name, trained_values
 from sdxl_train.optimizer_state import load_optimizer_state, optimizer_state
 from sdxl_train.state_directory import staged_state
 from sdxl_train.state_tree import packed, unpacked
@@ -125,7 +125,7 @@ def _gathered(run: Run) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
 
 def parameter_names(run: Run) -> dict[int, str]:
     """The name of each parameter by its `id`: "unet.conv_in.weight"."""
-    return {id(value): f"{part}.{name}" for part, values in trained_values(run.networks).items() for name, value in values.items()}
+    return {id(value): name for name, value in trained_by_name(run.networks).items()}
 
 
 def must_match(run: Run) -> dict[str, Any]:
@@ -259,9 +259,8 @@ def restore(run: Run, saved: SavedState) -> None:
     """Put a state into a run that was built from the configuration. What must match has been compared before."""
     weights = saved.weights()
     with torch.no_grad():
-        for part, values in trained_values(run.networks).items():
-            for name, value in values.items():
-                value.copy_(weights[f"{part}.{name}"])
+        for name, value in trained_by_name(run.networks).items():
+            value.copy_(weights[name])
     parts = run.parts
     first_groups = unpacked(saved.json["first_groups"], {})
     load_optimizer_state(run.optimizer, parameter_names(run), saved.tree("optimizer"), first_groups, parts.first_groups)

@@ -69,15 +69,13 @@ def _train(settings: Settings, console: Console, stop: StopRequest) -> None:
 
 def _resume(run: Run, state: Path, now: datetime) -> bool:
     """Put the state into the run; False if the training is at its end already."""
-    from sdxl_train.networks import trained_values
+    from sdxl_train.networks import trained_by_name
     from sdxl_train.train_state import SavedState, environment, making_sense_of, must_match, restore
 
     console, saved = run.parts.console, SavedState(state)
-    trained = trained_values(run.networks)
-    shapes = {f"{part}.{name}": tuple(value.shape) for part, values in trained.items() for name, value in values.items()}
     with making_sense_of(saved):
         refuse_other_training(must_match(run), saved)
-        refuse_other_shapes(shapes, saved)
+        refuse_other_shapes(trained_by_name(run.networks), saved)
         if saved.step >= run.num_train_steps:
             console.line(f"{state} is at step {saved.step} of {run.num_train_steps}: the training is finished; more num_train_epochs go on")
             return False
