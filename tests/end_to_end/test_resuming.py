@@ -4,25 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from train_states import by_step, differing, final
 
 RANDOM = {  # everything that draws
     "flip_aug": True, "caption_processor": "shuffle_tags", "noise_offset": 0.05, "multires_noise_iterations": 3, "ip_noise_gamma": 0.05,
     "timestep_sampler_type": "logit_normal", "train_text_encoder": True, "lr_scheduler": "cosine", "lr_warmup_steps": 3,
 }  # fmt: skip
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def final(out: Path) -> dict[str, bytes]:
-    """The newest model and state, but for the times and paths in state.json."""
-    model = max((out / "models").glob("*.safetensors"), key=lambda path: int(path.stem.rpartition("step")[2]))
-    state = max((out / "train_state").iterdir(), key=lambda path: int(path.name.rpartition("step")[2]))
-    found = files(state) | {"model": model.read_bytes()}
-    known = json.loads(found.pop("state.json"))
-    assert found.pop("manifest.json")
-    return found | {name: json.dumps(value).encode() for name, value in known.items() if name not in ("time", "config")}
 
 
 @pytest.fixture
@@ -58,13 +45,12 @@ def test_a_training_stopped_at_any_step_and_resumed_equals_the_uninterrupted_one
     keys = {**extras, "optimizer_type": optimizer, "batch_size": 3, "keep_train_states": 0, "save_every_n_steps": 1}
     run("whole", **keys)
     whole = final(tmp_path / "whole")
-    states = sorted((tmp_path / "whole" / "train_state").iterdir(), key=lambda path: int(path.name.rpartition("step")[2]))
+    states = by_step(tmp_path / "whole" / "train_state")
     assert len(states) >= 4
     for state in states[:-1]:
         out = tmp_path / f"from_{state.name}"
         run(out.name, resume_from=str(state), **keys)
-        again = final(out)
-        assert [name for name in whole if again.get(name) != whole[name]] == [], state.name
+        assert differing(whole, final(out)) == [], state.name
     last = losses(metrics, tmp_path / "whole")
     assert losses(metrics, tmp_path / f"from_{states[0].name}") == {step: values for step, values in last.items() if step > 1}
 
@@ -184,6 +170,5 @@ def test_every_documented_optimizer_goes_on_bit_for_bit(run, tmp_path: Path, opt
     run("whole", **keys)
     (state,) = (tmp_path / "whole" / "train_state").glob("*step2")
     run("again", resume_from=str(state), **keys)
-    whole, again = final(tmp_path / "whole"), final(tmp_path / "again")
-    assert [name for name in whole if again.get(name) != whole[name]] == []
+    assert differing(final(tmp_path / "whole"), final(tmp_path / "again")) == []
     assert [warning for warning in recwarn if "learning rate" in str(warning.message)] == []

@@ -1,8 +1,6 @@
 """A training that is built once and forked many times; the command line in forks of this process."""
 
 import os
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +8,13 @@ from typing import Any
 import pytest
 from cache_runs import write_pictures
 from command_runs import write_config
-from fault_runs import Fork, fork
+from forked_runs import Fork, command, fork
 
 from sdxl_train.build import build_run
 from sdxl_train.config import load_settings
 from sdxl_train.console import Console
 from sdxl_train.run import Run
-from sdxl_train.stopping import SIGNALS, StopRequest
+from sdxl_train.stopping import StopRequest
 
 KEYS: dict[str, Any] = {
     "save_every_n_steps": 1, "keep_models": 1, "num_train_epochs": 5000, "save_on_train_end": True, "save_precision": "float", "trackers": [],
@@ -57,15 +55,6 @@ def forked_cli(tmp_path: Path) -> Callable[..., Fork]:
     number = iter(range(10_000))
 
     def running(*arguments: object, prepare: Callable[[], object] = lambda: None) -> Fork:
-        def body() -> None:
-            from sdxl_train.cli import main
-
-            for signum in SIGNALS:  # a test run in the background inherits ignored ones
-                signal.signal(signum, signal.SIG_DFL)
-            sys.argv = ["sdxl-train", *map(str, arguments)]
-            prepare()
-            main()
-
-        return fork(body, tmp_path / f"fork{next(number)}.log")
+        return fork(command(*arguments, prepare=prepare), tmp_path / f"fork{next(number)}.log")
 
     return running

@@ -10,7 +10,9 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from fault_runs import Disk, Fork, content_of_state, fork, hidden, killing, newest_state, train_into
+from fault_runs import Disk, hidden, killing, newest_state, train_into
+from forked_runs import Fork, fork
+from train_states import content_of_state
 
 from sdxl_train.model.safetensors_header import read_header
 from sdxl_train.output_dir import prepare_output_dir

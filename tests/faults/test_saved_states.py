@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_runs import fork, newest_state, train_into
+from fault_runs import newest_state, train_into
+from forked_runs import fork
 
 from sdxl_train import saves, state_directory
 from sdxl_train.atomic import sync_directory

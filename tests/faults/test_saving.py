@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fault_runs import Disk, Fork, Operation, failing, fork, hidden, killing, newest_state, train_into
+from fault_runs import Disk, Operation, failing, hidden, killing, newest_state, train_into
+from forked_runs import Fork, fork
 
 from sdxl_train.model.safetensors_header import read_header
 from sdxl_train.output_dir import prepare_output_dir

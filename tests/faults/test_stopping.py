@@ -14,7 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fault_runs import Disk, Fork, Operation, content_of_state, fork, hidden, newest_state, train_into
+from fault_runs import Disk, Operation, hidden, newest_state, train_into
+from forked_runs import Fork, fork
+from train_states import content_of_state
 
 from sdxl_train import atomic
 from sdxl_train.atomic import remove_leftovers

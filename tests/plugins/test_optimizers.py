@@ -48,8 +48,10 @@ def test_options_that_only_torch_has_hand_the_update_to_torch(given: dict[str, b
     assert type(optimizer) is torch.optim.AdamW and group[name] is value and group["eps"] == 1e-6
     problem = AdamW.Options(**given).problem_with_keys({"full_bf16": True, "fused_backward": False})
     assert problem is not None and name in problem and "stochastic_rounding = false" in problem
-    half = {"stochastic_rounding": False, **given}
-    assert AdamW.Options(**half).problem_with_keys({"full_bf16": True, "fused_backward": False}) is None
+    nearest = AdamW.Options(stochastic_rounding=False, **given)
+    assert nearest.problem_with_keys({"full_bf16": True, "fused_backward": False}) is None
+    half = [{"params": [torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))], "lr": 0.1}]
+    assert type(AdamW(nearest).build_optimizer(half)) is torch.optim.AdamW
 
 
 def test_adamw_takes_all_arguments_of_torch_with_its_defaults() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 # Notes each micro-batch as it is trained: one JSON line beside this file.
 WATCH = """
@@ -40,11 +40,11 @@ class Ended:
     err: str
 
 
-def run_command(*arguments: object, err: TextIO | None = None) -> Ended:
-    """Run `sdxl-train` with these arguments in this process; `err` takes what it says in place of the answer's."""
+def run_command(*arguments: object) -> Ended:
+    """Run `sdxl-train` with these arguments in this process."""
     from sdxl_train.cli import main
 
-    before, out, err, code = sys.argv, io.StringIO(), err or io.StringIO(), 0
+    before, out, err, code = sys.argv, io.StringIO(), io.StringIO(), 0
     sys.argv = ["sdxl-train", *map(str, arguments)]
     try:
         with redirect_stdout(out), redirect_stderr(err):
@@ -54,7 +54,7 @@ def run_command(*arguments: object, err: TextIO | None = None) -> Ended:
                 code = stop.code if isinstance(stop.code, int) else 0
     finally:
         sys.argv = before
-    return Ended(code, out.getvalue(), err.getvalue() if isinstance(err, io.StringIO) else "")
+    return Ended(code, out.getvalue(), err.getvalue())
 
 
 def write_config(folder: Path, base: Path, image_dirs: list[Path], tables: str = "", **keys: Any) -> Path:

@@ -4,13 +4,9 @@ A fork of a process that has imported torch and built a run costs a few millisec
 """
 
 import builtins
-import contextlib
 import io
-import json
 import os
 import signal
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,40 +122,6 @@ def killing(which: Callable[[Operation], bool]) -> Act:
     return act
 
 
-@dataclass(frozen=True)
-class Fork:
-    """A forked process: its id, and where its stderr goes."""
-
-    pid: int
-    log: Path
-
-    def wait(self) -> int:
-        """Its exit code, negative for a signal."""
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-
-def fork(body: Callable[[], object], log: Path) -> Fork:
-    """Run `body` in a fork: exit code 0, 1 after an exception (its traceback is in the log), or what it gives to sys.exit."""
-    pid = os.fork()
-    if pid:
-        return Fork(pid, log)
-    code = 1
-    try:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        os.dup2(descriptor, 2)
-        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-        body()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.flush()
-        os._exit(code)
-
-
 def train_into(run: Any, out: Path, num_steps: int | None = None) -> None:
     """Train an already built run into another folder, up to so many steps; it must not have been trained in this process."""
     for name in ("models", "samples", "logs"):
@@ -179,11 +141,3 @@ def newest_state(out: Path) -> Path | None:
 def hidden(out: Path) -> list[Path]:
     """Half-written files, staging and trash of saves."""
     return sorted(path for folder in ("models", "train_state") for path in out.glob(f"{folder}/.sdxl-train-*"))
-
-
-def content_of_state(state: Path) -> dict[str, Any]:
-    """Everything of a state that does not depend on the clock or on the folder."""
-    found: dict[str, Any] = {path.name: path.read_bytes() for path in state.iterdir()}
-    known = json.loads(found.pop("state.json"))
-    del found["manifest.json"]
-    return found | {name: value for name, value in known.items() if name not in ("time", "config")}

@@ -1,14 +1,66 @@
-"""A command in a forked process: what a process of its own costs without its start, for tests that kill, signal or limit it."""
+"""Forks of this process, which has imported torch: what a process of its own costs without its start, for tests that kill or limit it."""
 
+import contextlib
 import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from command_runs import run_command
+from sdxl_train.stopping import SIGNALS
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A forked process: its id, and where its stderr goes."""
+
+    pid: int
+    log: Path
+
+    def wait(self) -> int:
+        """Its exit code, negative for a signal."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def fork(body: Callable[[], object], log: Path) -> Fork:
+    """Run `body` in a fork: exit code 0, 1 after an exception (its traceback is in the log), or what it gives to sys.exit."""
+    pid = os.fork()
+    if pid:
+        return Fork(pid, log)
+    code = 1
+    try:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        os.dup2(descriptor, 2)
+        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+        body()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def command(*arguments: object, prepare: Callable[[], object] = lambda: None) -> Callable[[], None]:
+    """What a fork runs to be `sdxl-train` with these arguments; it calls `prepare` first."""
+
+    def body() -> None:
+        from sdxl_train.cli import main
+
+        for signum in SIGNALS:  # a test run in the background inherits ignored ones
+            signal.signal(signum, signal.SIG_DFL)
+        sys.argv = ["sdxl-train", *map(str, arguments)]
+        prepare()
+        main()
+
+    return body
 
 
 class ForkedRun:
@@ -20,30 +72,18 @@ class ForkedRun:
         prepare: is called in the new process first.
     """
 
-    def __init__(self, log: Path, *arguments: object, environment: dict[str, str] | None = None, prepare: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self, log: Path, *arguments: object, environment: dict[str, str] | None = None, prepare: Callable[[], object] = lambda: None
+    ) -> None:
+        def prepared() -> None:
+            os.setpgid(0, 0)
+            os.environ.update(environment or {})
+            prepare()
+
         self._log = log
         sys.stderr.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._run(arguments, environment or {}, prepare)
+        self.pid = fork(command(*arguments, prepare=prepared), log).pid
         self._code: int | None = None
-
-    def _run(self, arguments: tuple[object, ...], environment: dict[str, str], prepare: Callable[[], object] | None) -> None:
-        code = 70
-        try:
-            os.setpgid(0, 0)
-            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a test run in the background inherits ignored ones
-                signal.signal(signum, signal.SIG_DFL)
-            os.environ.update(environment)
-            descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            os.dup2(descriptor, 2)
-            stream = os.fdopen(descriptor, "w", buffering=1)
-            if prepare is not None:
-                prepare()
-            code = run_command(*arguments, err=stream).code
-            stream.flush()
-        finally:
-            os._exit(code)
 
     @property
     def err(self) -> str:

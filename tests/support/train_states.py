@@ -13,13 +13,17 @@ def by_step(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.stem.rpartition("step")[2]))
 
 
-def final(out: Path) -> dict[str, bytes]:
-    """The newest model and state of a project folder byte by byte, but for times, environment and configuration."""
-    state = by_step(out / "train_state")[-1]
-    found = {path.name: path.read_bytes() for path in state.iterdir() if path.name != "manifest.json"}
-    found["model"] = by_step(out / "models")[-1].read_bytes()
+def content_of_state(state: Path, *left_out: str) -> dict[str, bytes]:
+    """Everything of a state but its time and configuration, which hold the clock and paths, and these entries of `state.json`."""
+    found = {path.name: path.read_bytes() for path in state.iterdir()}
     known = json.loads(found.pop("state.json"))
-    return found | {name: json.dumps(value).encode() for name, value in known.items() if name not in ("time", "config", "environment")}
+    assert found.pop("manifest.json")
+    return found | {name: json.dumps(value).encode() for name, value in known.items() if name not in ("time", "config", *left_out)}
+
+
+def final(out: Path, *left_out: str) -> dict[str, bytes]:
+    """The newest state and model of a project folder, as `content_of_state`."""
+    return content_of_state(by_step(out / "train_state")[-1], *left_out) | {"model": by_step(out / "models")[-1].read_bytes()}
 
 
 def differing(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
