@@ -60,7 +60,8 @@ class HookSpecs:
         Returns:
             A torch Optimizer over exactly these groups. None is an error. One that has `grad_scale`, `found_inf`, `step_key`, `begin_step`
             and `step_parameter` (see `sdxl_train/masked_optimizer.py`) can take the clipping factor by itself and serve `fused_backward`;
-            `compile` calls its `compile_update`, if it has one.
+            `compile` calls its `compile_update`, if it has one. A train state is gone on with by the class that it is of, or by one whose
+            `state_class` is the name of that ("package.module.Class").
         """
         raise AssertionError
 

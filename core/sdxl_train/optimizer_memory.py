@@ -47,6 +47,8 @@ def optimizer_memory(name: str, options: Mapping[str, Any], weight_bytes: int) -
         dtype = str(options.get("state_dtype") or ("bfloat16" if rounds else "float32"))
         of_one = BFLOAT16 if dtype.endswith(("bf16", "bfloat16")) else FLOAT32
         number = 3 if options.get("amsgrad") else 2
+        if weight_bytes == of_one == FLOAT32:  # by torch's kernel, in place
+            return _per_element(number * FLOAT32)
         return OptimizerMemory(lambda shape: number * of_one * math.prod(shape), _ROUNDED_UPDATE if rounds else _UPDATE, STACK_ELEMENTS)
     # Paged state lies in the memory of the host when the device's is short.
     known = {"adamw8bit": 2 * _QUANTISED, "pagedadamw8bit": 2 * _QUANTISED, "pagedadamw32bit": 2.0 * FLOAT32}

@@ -51,7 +51,8 @@ def load_optimizer_state(
         saved_first, now_first: `groups_by_name` of the optimizer as it was first made, then and now.
     """
     numbered = _numbered(optimizer, names)
-    state = {i: saved["state"][name] for i, name in numbered.items() if name in saved["state"]}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {i: _laid_out_as(parameters[i], saved["state"][name]) for i, name in numbered.items() if name in saved["state"]}
     groups = [dict(group) for group in optimizer.state_dict()["param_groups"]]
     for group in groups:
         name = group["name"]
@@ -59,7 +60,6 @@ def load_optimizer_state(
             if key not in now_first[name] or _are_equal(now_first[name][key], saved_first.get(name, {}).get(key)):
                 group[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for i, values in state.items():
         optimizer.state[parameters[i]] = _with_dtypes(optimizer.state[parameters[i]], values)
 
@@ -67,6 +67,17 @@ def load_optimizer_state(
 def _numbered(optimizer: Optimizer, names: Mapping[int, str]) -> dict[int, str]:
     """Names by the numbers that `Optimizer.state_dict` gives to parameters."""
     return dict(enumerate(names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]))
+
+
+def _laid_out_as(parameter: Tensor, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a parameter, in which tensors of its shape have its strides too: fused kernels take that for granted."""
+
+    def laid_out(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape != parameter.shape or value.stride() == parameter.stride():
+            return value
+        return torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value)
+
+    return {name: laid_out(value) for name, value in values.items()}
 
 
 def _with_dtypes(loaded: Any, saved: Any) -> Any:

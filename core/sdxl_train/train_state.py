@@ -138,7 +138,8 @@ def must_match(run: Run) -> dict[str, Any]:
         "seed": keys.seed,
         "trained parameters": _digest(sorted(parameter_names(run).values())),
         "steps of an epoch": run.steps_per_epoch,
-        "optimizer": f"{type(run.optimizer).__module__}.{type(run.optimizer).__qualname__}",
+        # An optimizer that goes on with the states of another class names it.
+        "optimizer": getattr(run.optimizer, "state_class", f"{type(run.optimizer).__module__}.{type(run.optimizer).__qualname__}"),
     }
 
 

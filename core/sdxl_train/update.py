@@ -137,8 +137,8 @@ class Update:
             torch.nn.utils.clip_grad_norm_(self._trained(), self._max_norm)
             return
         gradients = [parameter.grad for parameter in self._trained() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self._masked.grad_scale = ((norm.float() + _NORM_EPS) / self._max_norm).clamp(min=1)
+        if gradients:
+            self._masked.grad_scale = ((total_norm(gradients) + _NORM_EPS) / self._max_norm).clamp(min=1)
 
     def _step(self) -> None:
         self.is_under_way = True
@@ -147,6 +147,16 @@ class Update:
 
     def _trained(self) -> list[Tensor]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    """The Euclidean norm of all numbers together, 0-dim float32, summed in float32; torch's `get_total_norm` rounds to the tensors' dtype.
+
+    Args:
+        tensors: at least one, all on one device.
+    """
+    norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def _step_in_backward(optimizer: Optimizer, masked: MaskedOptimizer) -> None:

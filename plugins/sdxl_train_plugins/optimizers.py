@@ -50,8 +50,8 @@ class AdamW:
         )
         foreach: bool | None = option(
             None,
-            "torch.optim.AdamW does the update, for all parameters at once (true) or one by one (false); absent: by stacks of equal shapes",
-            zh="由 torch.optim.AdamW 更新：true 为一次更新全部参数，false 为逐个更新；缺省按形状分组更新",
+            "torch.optim.AdamW does the update, for all parameters at once (true) or one by one (false); absent: as fused says",
+            zh="由 torch.optim.AdamW 更新：true 为一次更新全部参数，false 为逐个更新；缺省见 fused",
         )
         capturable: bool = option(
             False,
@@ -65,31 +65,33 @@ class AdamW:
         )
         fused: bool | None = option(
             None,
-            "torch.optim.AdamW does the update, in one kernel (true) or not (false); absent: by stacks of equal shapes",
-            zh="由 torch.optim.AdamW 更新：true 使用融合核；缺省按形状分组更新",
+            "torch's kernel does the update (true), or torch.optim.AdamW without it (false); absent: the kernel for float32 weights and "
+            "means, stacks of equal shapes for all others",
+            zh="true 使用 torch 的融合核更新，false 由 torch.optim.AdamW 更新；缺省：float32 权重与滑动平均使用融合核，其余按形状分组更新",
         )
 
         @property
         def of_torch(self) -> dict[str, Any]:
-            """The options that only torch.optim.AdamW has, where they are set."""
+            """The options that only torch.optim.AdamW has, where they are set. `fused` alone asks for its kernel, not for it."""
             given = {"foreach": self.foreach, "capturable": self.capturable, "differentiable": self.differentiable, "fused": self.fused}
-            return {name: value for name, value in given.items() if value is not None and (value or name in ("foreach", "fused"))}
+            named = {name: value for name, value in given.items() if value is not None and (value or name in ("foreach", "fused"))}
+            return {} if named == {"fused": True} else named
 
         @model_validator(mode="after")
         def _has_one_way_to_update(self) -> AdamW.Options:
             if self.fused and (self.foreach or self.differentiable):
                 raise ValueError("fused excludes foreach and differentiable; set one of them to true")
-            if self.of_torch and self.state_dtype is not None:
-                raise ValueError(f"state_dtype excludes {' and '.join(self.of_torch)}: torch's AdamW keeps state as it keeps the weights")
+            if (torchs := list(self.of_torch) or ["fused"] * bool(self.fused)) and self.state_dtype is not None:
+                raise ValueError(f"state_dtype excludes {' and '.join(torchs)}: torch's AdamW keeps state as it keeps the weights")
             if self.state_dtype == "bfloat16" and not self.stochastic_rounding:
                 raise ValueError('state_dtype = "bfloat16" needs stochastic_rounding: rounded to nearest, running means come to a halt')
             return self
 
         def problem_with_keys(self, keys: Mapping[str, Any]) -> str | None:
-            if not self.of_torch:
+            if not self.of_torch and not self.fused:
                 return None
-            updated_by = f"optimizer_kwargs.{next(iter(self.of_torch))} is set, so torch.optim.AdamW does the update, which"
-            if keys["fused_backward"]:
+            updated_by = f"optimizer_kwargs.{next(iter(self.of_torch), 'fused')} is set, so torch.optim.AdamW does the update, which"
+            if self.of_torch and keys["fused_backward"]:
                 return f"{updated_by} cannot step tensor by tensor; leave it out, or set fused_backward = false"
             if keys["full_bf16"] and self.stochastic_rounding:
                 return (
@@ -105,11 +107,15 @@ class AdamW:
         import torch
 
         from sdxl_train_plugins.adamw import StackedAdamW
+        from sdxl_train_plugins.fused_adamw import FusedAdamW
 
         options = self._options
         shared = options.model_dump(include={"betas", "eps", "weight_decay", "amsgrad", "maximize"})
         if options.of_torch:
             return torch.optim.AdamW(param_groups, **shared, **options.of_torch)
+        dtypes = {parameter.dtype for group in param_groups for parameter in group["params"]}
+        if options.fused or (options.fused is None and dtypes == {torch.float32} and options.state_dtype != "bfloat16"):
+            return FusedAdamW(param_groups, **shared)
         dtype = getattr(torch, options.state_dtype) if options.state_dtype else None
         return StackedAdamW(param_groups, **shared, state_dtype=dtype, stochastic_rounding=options.stochastic_rounding)
 

@@ -20,6 +20,8 @@ from sdxl_train_plugins.shape_stacks import end_to_end, gathered, scatter, split
 from sdxl_train_plugins.stacked_update import State, update_values
 from sdxl_train_plugins.stochastic_rounding import keys_of_step, name_keys
 
+_BATCH_ELEMENTS, _CPU_BATCH_ELEMENTS = 2**24, 2**18
+
 
 @dataclass(eq=False)
 class _Stack:
@@ -107,14 +109,15 @@ class StackedOptimizer(torch.optim.Optimizer):
         grad_scale: gradients are divided by it; None counts as 1. 0-dim float32. torch.amp.GradScaler takes a None only after `unscale_`.
         found_inf: where it is not 0, nothing changes; None counts as 0. 0-dim float32.
         step_key: 16 bytes that stand for seed and step; set before each step in which something is rounded stochastically.
-        max_batch_elements: of the tensors updated together. The memory of an update is some 30 bytes an element.
+        max_batch_elements: of the tensors updated together. The memory of an update is some 30 bytes an element. None: 2**24, or on the
+            CPU 2**18, which stays in its caches.
     """
 
     _step_supports_amp_scaling = True
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     step_key: bytes = b""
-    max_batch_elements: int = 2**24
+    max_batch_elements: int | None = None
 
     _update_of_piece: Callable[..., Tensor] = staticmethod(update_values)
     _groups: list[_Group] | None = None  # made when first needed, and again when param_groups or state were replaced
@@ -267,18 +270,19 @@ class StackedOptimizer(torch.optim.Optimizer):
             names = options.get("param_names") or [f"{i}.{place}" for place in range(len(parameters))]
             stacks: list[_Stack] = []
             order: list[int] = []
-            for places in stacks_of(parameters, self.max_batch_elements):
+            device = parameters[0].device if parameters else torch.device("cpu")
+            max_elements = self.max_batch_elements or (_CPU_BATCH_ELEMENTS if device.type == "cpu" else _BATCH_ELEMENTS)
+            for places in stacks_of(parameters, max_elements):
                 members = [parameters[place] for place in places]
                 stacks.append(_Stack(members, self._row_shape(members[0].shape), len(order)))
                 order += places
-            batches = _batches_of(stacks, self.max_batch_elements)
+            batches = _batches_of(stacks, max_elements)
             self._places |= {
                 parameter: (i, batch, stack, row)
                 for batch in batches
                 for stack in batch.stacks
                 for row, parameter in enumerate(stack.parameters)
             }
-            device = parameters[0].device if parameters else torch.device("cpu")
             keys = name_keys([names[place] for place in order], device) if self._rounds(options, stacks) else None
             step = torch.zeros((), dtype=torch.float32, device=device)
             self._groups.append(_Group(batches, step, keys))

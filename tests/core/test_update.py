@@ -5,7 +5,7 @@ import torch
 
 from sdxl_train.errors import SdxlTrainError
 from sdxl_train.keys import Config
-from sdxl_train.update import Update
+from sdxl_train.update import Update, total_norm
 
 
 def keys(**changed) -> Config:
@@ -56,3 +56,10 @@ def test_gradients_that_overflow_at_every_scale_end_the_run_with_the_remedy() ->
             update.backward((weight * float("inf")).sum())
             update.apply()
     assert weight.tolist() == [3.0, 4.0]
+
+
+def test_the_norm_of_bfloat16_gradients_is_a_float32() -> None:
+    gradients = [torch.full((n,), 0.1, dtype=torch.bfloat16) for n in (1000, 37, 1)]
+    expected = (1038 * gradients[0][0].double() ** 2).sqrt().item()
+    norm = total_norm(gradients)
+    assert norm.dtype is torch.float32 and norm.shape == () and norm.item() == pytest.approx(expected, rel=1e-6)

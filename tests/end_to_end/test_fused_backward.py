@@ -55,7 +55,7 @@ def test_fused_backward_drops_a_step_whose_loss_is_not_finite(train_and_compare,
         ({"optimizer_type": "SGD"}, "SGD cannot"),
         ({"optimizer_type": "SGDNesterov"}, "SGDNesterov cannot"),
         ({"optimizer_type": "torch.optim.SGD"}, "torch.optim.SGD cannot"),
-        ({"optimizer_type": "AdamW", "tables": "[optimizer_kwargs]\nfused = true"}, "optimizer_kwargs.fused"),
+        ({"optimizer_type": "AdamW", "tables": "[optimizer_kwargs]\nforeach = true"}, "optimizer_kwargs.foreach"),
     ],
 )
 def test_fused_backward_refuses_what_it_cannot_do_and_names_it(cli, config, keys, said) -> None:

@@ -7,6 +7,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from sdxl_train_plugins.adamw import StackedAdamW
+from sdxl_train_plugins.fused_adamw import FusedAdamW
 from sdxl_train_plugins.optimizers import AdaFactor, AdamW
 
 
@@ -52,6 +54,32 @@ def test_options_that_only_torch_has_hand_the_update_to_torch(given: dict[str, b
     assert nearest.problem_with_keys({"full_bf16": True, "fused_backward": False}) is None
     half = [{"params": [torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))], "lr": 0.1}]
     assert type(AdamW(nearest).build_optimizer(half)) is torch.optim.AdamW
+
+
+@pytest.mark.parametrize(
+    ("dtype", "given", "expected"),
+    [
+        (torch.float32, {}, FusedAdamW),
+        (torch.float32, {"state_dtype": "float32"}, FusedAdamW),
+        (torch.float32, {"state_dtype": "bfloat16"}, StackedAdamW),
+        (torch.float32, {"fused": True, "capturable": True}, torch.optim.AdamW),
+        (torch.bfloat16, {}, StackedAdamW),
+        (torch.bfloat16, {"stochastic_rounding": False}, StackedAdamW),
+        (torch.bfloat16, {"stochastic_rounding": False, "fused": True}, FusedAdamW),
+        (torch.float16, {}, StackedAdamW),
+    ],
+)
+def test_adamw_of_float32_weights_and_means_is_torchs_kernel(dtype: torch.dtype, given: dict[str, Any], expected: type) -> None:
+    half = [{"params": [torch.nn.Parameter(torch.zeros(2, dtype=dtype))], "lr": 0.1}]
+    assert type(AdamW(AdamW.Options(**given)).build_optimizer(half)) is expected
+
+
+def test_the_kernel_asked_for_by_name_excludes_rounding_and_nothing_else() -> None:
+    keys = {"full_bf16": True, "fused_backward": True}
+    problem = AdamW.Options(fused=True).problem_with_keys(keys)
+    assert problem is not None and "optimizer_kwargs.fused" in problem and "stochastic_rounding = false" in problem
+    assert AdamW.Options(fused=True, stochastic_rounding=False).problem_with_keys(keys) is None
+    assert AdamW.Options(fused=True).problem_with_keys({**keys, "full_bf16": False}) is None
 
 
 def test_adamw_takes_all_arguments_of_torch_with_its_defaults() -> None:

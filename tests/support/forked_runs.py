@@ -21,9 +21,16 @@ class Fork:
     pid: int
     log: Path
 
-    def wait(self) -> int:
-        """Its exit code, negative for a signal."""
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+    def wait(self, at_most_s: float = 300) -> int:
+        """Its exit code, negative for a signal. After so many seconds it is killed."""
+        end = time.monotonic() + at_most_s
+        while not (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            if time.monotonic() > end:
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                raise AssertionError(f"still at work after {at_most_s} s:\n{self.log.read_text()}")
+            time.sleep(0.005)
+        return os.waitstatus_to_exitcode(ended[1])
 
 
 def fork(body: Callable[[], object], log: Path) -> Fork:
