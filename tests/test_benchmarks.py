@@ -138,6 +138,7 @@ def test_every_goal_of_a_gpu_has_figures_and_levels() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.slow
 def test_without_a_gpu_the_benchmark_says_what_it_needs() -> None:
     done = run(script="gpu.py", tiny=False)
     assert done.returncode == 2 and "needs one CUDA GPU" in done.stderr and not done.stdout

@@ -30,8 +30,8 @@ def agrees(config, architecture, size: tuple[int, int], keys: dict) -> None:
         {**FULL, **ADAMW, "batch_size": 8},
         {**BF16, "gradient_checkpointing": True, "batch_size": 16},
         {**BF16, "train_text_encoder": True},
-        {**FULL, **FUSED},
-        {"gradient_accumulation_steps": 2},
+        pytest.param({**FULL, **FUSED}, marks=pytest.mark.slow),
+        pytest.param({"gradient_accumulation_steps": 2}, marks=pytest.mark.slow),
         {**BF16, "sdpa": False},
     ],
 )

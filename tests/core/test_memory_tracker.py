@@ -72,6 +72,7 @@ def gib_of_unet(step: MeasuredStep) -> float:
 FUSED = {"optimizer_type": "AdaFactor", "fused_backward": True, "gradient_checkpointing": True, "mixed_precision": "bf16"}
 
 
+@pytest.mark.slow
 def test_full_sdxl_trains_in_float32_weights_with_adamw(config) -> None:
     keys = {"optimizer_type": "AdamW", "gradient_checkpointing": True, "mixed_precision": "bf16", "batch_size": 4}
     step = measured(config, SDXL, (1024, 1024), **keys)

@@ -63,7 +63,7 @@ def test_the_counter_finds_the_same_for_sdxl() -> None:
     assert unet_flops(SDXL, (832, 1216), 77).total == pytest.approx(count_unet(unet, (832, 1216), 77, SDXL, True), rel=1e-6)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (96, 32), (72, 40)])
+@pytest.mark.parametrize("size", [pytest.param((64, 64), marks=pytest.mark.slow), pytest.param((96, 32), marks=pytest.mark.slow), (72, 40)])
 def test_the_counter_finds_the_same_for_a_small_model(size: tuple[int, int]) -> None:
     unet = blank_unet(TINY)
     for tokens in (77, 227):

@@ -125,6 +125,7 @@ def test_a_wrapper_is_checked_around_the_built_in_answer(tmp_path: Path) -> None
         check_plugin("plugins", f"{tmp_path}/plus1000.py:W")
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_shows_what_was_said(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def boom(img_info, **kwargs):\n    raise RuntimeError('no such luck')\n")
     outcome = training_project(tmp_path, caption_processor="./mine.py:boom").run()

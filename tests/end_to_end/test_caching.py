@@ -395,6 +395,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_encoding_with_the_remed
     assert str(data) in ended.err and "cache_latents_to_disk" in ended.err
 
 
+@pytest.mark.slow
 def test_a_read_only_disk_is_found_before_encoding_with_the_remedies(tiny_base: Path, data: Path, tmp_path: Path) -> None:
     mount = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1"'
     alone = ["unshare", "--mount", "--map-root-user", "sh", "-c"] if os.geteuid() else ["unshare", "--mount", "sh", "-c"]
@@ -439,7 +440,7 @@ def wait_for_caches(data: Path, number: int, child: subprocess.Popen[str]) -> No
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_what_is_finished_stays_when_caching_is_ended_and_is_used_at_the_next_start(
     tiny_base: Path, data: Path, tmp_path: Path, encodes: list[int], signum: int
 ) -> None:

@@ -121,7 +121,9 @@ def interrupted(process, config, plugin, tmp_path: Path):
     return interrupting
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_the_run_with_its_code_after_saving_the_last_completed_step(interrupted, tmp_path: Path, signum: int, code: int) -> None:
     ended, err = interrupted(signum, 5, gradient_accumulation_steps=2, batch_size=2, save_every_n_steps=1000)
     assert ended == code, err
@@ -129,6 +131,7 @@ def test_a_signal_ends_the_run_with_its_code_after_saving_the_last_completed_ste
     assert "once more stops at once" in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_the_file_of_an_interrupted_run_is_that_of_the_step_it_names(interrupted, cli, config, tmp_path: Path) -> None:
     interrupted(signal.SIGINT, 3, batch_size=2, max_dataloader_n_workers=1)
     assert cli(config("other.toml", batch_size=2, max_train_steps=2, output_dir=str(tmp_path / "whole"))).code == 0
@@ -137,6 +140,7 @@ def test_the_file_of_an_interrupted_run_is_that_of_the_step_it_names(interrupted
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.slow
 def test_no_file_is_written_when_saving_on_interrupt_is_off(interrupted, tmp_path: Path) -> None:
     ended, _ = interrupted(signal.SIGINT, 2, save_on_keyboard_interrupt=False)
     assert (ended, models(tmp_path)) == (130, [])
@@ -152,6 +156,7 @@ def test_a_second_signal_ends_at_once_without_a_partial_file(process, config, pl
     assert all(name.endswith(".safetensors") for name in os.listdir(tmp_path / "out" / "models"))
 
 
+@pytest.mark.slow
 def test_a_hangup_ignored_at_start_stays_ignored(process, config, plugin, tmp_path: Path) -> None:
     (tmp_path / "marks").mkdir()
     child = process(config(plugins=[plugin("Slow")], max_train_steps=3), ignore=signal.SIGHUP, MARKS=str(tmp_path / "marks"))  # as under nohup

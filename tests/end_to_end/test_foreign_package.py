@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from sdxl_train.plugins import HOOK_NAMES
 
 
+@pytest.mark.slow
 def test_wrappers_on_every_hook_see_every_call_and_change_no_loss(config, metrics, tmp_path: Path) -> None:
     site = tmp_path / "site"
     info = site / "observer-1.0.dist-info"

@@ -19,7 +19,7 @@ def test_a_frozen_block_takes_no_part_in_the_gradient_norm(train_and_compare) ->
 
 
 @pytest.mark.parametrize("optimizer", ["AdaFactor", "AdamW"])
-@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_fused_backward_gives_the_same_weights(train_and_compare, optimizer, full, recwarn) -> None:
     keys = {"optimizer_type": optimizer, "train_text_encoder": True, "gradient_checkpointing": True, "save_precision": "keep"}
     keys |= {"full_bf16": True, "mixed_precision": "bf16"} if full else {}

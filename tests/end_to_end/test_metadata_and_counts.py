@@ -189,6 +189,7 @@ def test_an_error_of_the_repeats_getter_surfaces_with_plugin_and_key(many: Path,
         assert said in ended.err and function in ended.err and ("p123" if function == "half" else "p000") in ended.err
 
 
+@pytest.mark.slow
 def test_the_number_of_loader_processes_changes_no_draw(tiny_base: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 5)
     data = tmp_path / "data"

@@ -287,6 +287,7 @@ def test_a_caption_of_1_mb_with_control_characters_trains(tiny_base: Path, tmp_p
     assert re.search(r"1 pictures? with[^\n]*fine1", ended.err), "it is counted as cut"
 
 
+@pytest.mark.slow
 def test_the_locale_changes_nothing(process, tiny_base: Path, tmp_path: Path) -> None:
     data = tmp_path / "数据"
     data.mkdir()

@@ -55,6 +55,7 @@ def test_a_training_stopped_at_any_step_and_resumed_equals_the_uninterrupted_one
     assert losses(metrics, tmp_path / f"from_{states[0].name}") == {step: values for step, values in last.items() if step > 1}
 
 
+@pytest.mark.slow
 def test_latest_goes_on_five_times_in_the_same_folder_with_every_step_logged_once(run, metrics, tmp_path: Path) -> None:
     keys = {**RANDOM, "optimizer_type": "AdamW", "num_train_epochs": 3, "batch_size": 3}
     run("whole", **keys)
@@ -121,6 +122,7 @@ def test_another_training_is_refused_with_all_differences_and_nothing_is_renamed
     assert sorted(str(path) for path in (tmp_path / "out" / "train_state").rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_new_rate_gives_the_whole_new_curve_and_is_logged(run, metrics, tmp_path: Path) -> None:
     keys = {"lr_scheduler": "linear", "optimizer_type": "AdamW", "keep_train_states": 0, "save_every_n_steps": 1, "num_train_epochs": 3}
     run("old", learning_rate=1e-3, **keys)

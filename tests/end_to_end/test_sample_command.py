@@ -232,7 +232,7 @@ def full_once(noise_scheduler):
 """
 
 
-@pytest.mark.parametrize(("sampler", "written"), [("full", 0), ("full_once", 4)])
+@pytest.mark.parametrize(("sampler", "written"), [pytest.param("full", 0, marks=pytest.mark.slow), ("full_once", 4)])
 def test_pictures_that_fail_are_counted_and_the_exit_code_is_1(process, sample_config, tmp_path: Path, sampler: str, written: int) -> None:
     (tmp_path / "broken.py").write_text(BROKEN)
     child = process("sample", sample_config(sample_sampler=f"{tmp_path}/broken.py:{sampler}"))
@@ -243,7 +243,7 @@ def test_pictures_that_fail_are_counted_and_the_exit_code_is_1(process, sample_c
     assert len(list((tmp_path / "out/samples").iterdir())) == (1 if written else 0), "an empty folder is taken away"
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
 def test_a_signal_ends_it_within_a_denoising_step_and_finished_pictures_stay(process, sample_config, tmp_path: Path, signum: int, code: int) -> None:
     (tmp_path / "broken.py").write_text(BROKEN)
     entries = [{"prompt": "a cat", "steps": 1}, {"prompt": "a dog", "steps": 900}]  # the second takes three minutes

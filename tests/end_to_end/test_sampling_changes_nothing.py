@@ -121,7 +121,11 @@ def test_a_folder_that_cannot_be_made_is_logged_and_ends_nothing(cli, sampled, t
 
 @pytest.mark.parametrize(
     ("denoising_steps", "mark", "num_steps", "models"),
-    [(900, 1, 6, []), (3, 4, 6, ["model_ep1_step2.safetensors"]), (3, 4, 2, ["model_ep1_step2.safetensors"])],
+    [
+        pytest.param(900, 1, 6, [], marks=pytest.mark.slow),
+        (3, 4, 6, ["model_ep1_step2.safetensors"]),
+        pytest.param(3, 4, 2, ["model_ep1_step2.safetensors"], marks=pytest.mark.slow),
+    ],
     ids=["before the first step", "between steps", "after the last step"],
 )
 def test_a_signal_while_rendering_ends_the_run_with_its_code_and_what_was_trained(

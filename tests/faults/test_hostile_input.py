@@ -175,6 +175,7 @@ def test_an_output_name_that_is_no_file_name_exits_2(refused, tmp_path: Path, na
     assert {os.path.basename(path) for path in contents(tmp_path).keys() - before.keys()} <= {b"run", b"sdxl.toml"}
 
 
+@pytest.mark.slow
 def test_placeholders_of_other_languages_are_literal_text(tiny_base: Path, pictures: Path, tmp_path: Path, marker: Path) -> None:
     names = ["{x.__class__}", "{n:>99999999}", "%s%n", "{0}", f"$(mkdir {marker.name})", "-rf"]
     for number, name in enumerate(names):
@@ -251,6 +252,7 @@ def test_no_library_opens_a_connection_either(tiny_base: Path, pictures: Path, t
 # ---- Texts ----
 
 
+@pytest.mark.slow
 def test_names_and_captions_cannot_command_a_terminal(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
     evil = "\x1b]0;title\x07\x1b[31mred\x1b[2J\rback"
     os.rename(pictures / "square0.png", os.fsencode(pictures) + b"/" + evil.encode() + b".png")

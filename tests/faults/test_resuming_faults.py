@@ -74,6 +74,7 @@ def go_on(line: tuple[Path, Path], tiny_base: Path, tmp_path: Path):
 # ---- The same folder, an earlier step ----
 
 
+@pytest.mark.slow
 def test_going_back_sets_later_states_aside_and_the_new_line_is_kept_pruned_and_found(run, tmp_path: Path) -> None:
     keys = {"num_train_epochs": 6, "max_train_steps": 8, "save_every_n_steps": 2, "lr_scheduler": "constant", "optimizer_type": "AdamW"}
     run("out", keep_train_states=0, keep_models=0, **keys)
@@ -261,6 +262,7 @@ def test_the_loss_scaler_of_fp16_goes_on_with_its_scale_and_its_count() -> None:
 # ---- In the middle of an epoch ----
 
 
+@pytest.mark.slow
 def test_an_epoch_with_leftovers_that_is_resumed_anywhere_trains_every_datum_as_often_as_asked(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
     repeats = {"square1": 3, "wide2": 2, "square5": 0}  # 7 squares and 5 wide ones: batches of 4, 3, 4 and 1
     (tmp_path / "repeats.py").write_text(f"def getter(img_key, **kwargs):\n    return {repeats!r}.get(img_key, 1)\n")

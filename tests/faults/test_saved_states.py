@@ -107,6 +107,7 @@ def test_a_complete_state_is_not_replaced_and_a_broken_one_is(built_once: Run, t
     assert state.stat().st_ino != inode and state_faults(state) == [] and [path.name for path in state.parent.iterdir()] == [state.name]
 
 
+@pytest.mark.slow
 def test_kept_states_are_read_once_a_process_and_a_broken_one_is_not_counted(built_run, tmp_path: Path) -> None:
     run, out = built_run(keep_train_states=3), tmp_path / "out"
     assert fork(lambda: train_into(run, out, 2), tmp_path / "a.log").wait() == 0

@@ -104,6 +104,7 @@ def check_no_save_any_more(clean, code: int, at: int) -> None:
     assert hidden(out) == [] and len(list((out / "models").iterdir())) >= 1
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_moment_costs_one_save(clean) -> None:
     for at in chosen(clean[1], 3):
         check_one_failed_save(clean, errno.ENOSPC, at)
@@ -159,6 +160,7 @@ def test_a_folder_that_becomes_closed_is_named(built_once: Run, tmp_path: Path) 
     assert newest_state(out) == step(out, 2)
 
 
+@pytest.mark.slow
 def test_a_failed_fsync_is_final_for_what_was_written(clean) -> None:
     run, operations, outs = clean
     syncs = [one for one in operations if one.call == "fsync"]

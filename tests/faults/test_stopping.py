@@ -197,6 +197,7 @@ def test_a_staging_directory_that_is_being_removed_cannot_become_a_state(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_stop_within_a_group_of_four_is_resumed_bit_by_bit(built_run, tmp_path: Path) -> None:
     keys = {"batch_size": 1, "gradient_accumulation_steps": 4, "noise_offset": 0.05, "save_every_n_steps": 0}
     run, whole = built_run(**keys), tmp_path / "whole"

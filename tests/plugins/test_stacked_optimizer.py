@@ -262,6 +262,7 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @every_optimizer
 def test_traced_updates_are_the_same_bit_for_bit(build: Build, fresh_dynamo: None) -> None:
     plain, traced, single = (build(parameters(torch.bfloat16)) for _ in range(3))

@@ -285,6 +285,7 @@ print(len(xformers.ops.calls), len(unet.attn_processors) + len(vae.attn_processo
 """
 
 
+@pytest.mark.slow
 def test_the_switch_of_diffusers_reaches_both_networks(tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
