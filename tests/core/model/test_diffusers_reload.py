@@ -1,18 +1,17 @@
 """A saved file means the same to diffusers' single-file loader as to us."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+from diffusers_config import write_diffusers_config
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_train.model.saving import file_metadata, save_checkpoint
 from sdxl_train.model.single_file import Checkpoint, load_text_encoders, load_unet, load_vae
-from sdxl_train.model.tokenizer import load_tokenizers
 
 IDS = torch.tensor([[49406, 320, 2368, 49407] + [49407] * 73, [49406, 1125, 539, 320] + [2368] * 72 + [49407]])
 
@@ -35,32 +34,7 @@ def saved(tiny: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def config_dir(tiny: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The local configuration that diffusers needs where there is no network."""
-    root = tmp_path_factory.mktemp("configs")
-    classes = {
-        "unet": ("diffusers", "UNet2DConditionModel"),
-        "vae": ("diffusers", "AutoencoderKL"),
-        "text_encoder": ("transformers", "CLIPTextModel"),
-        "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
-    }
-    for part, config in tiny.architecture.to_diffusers_configs().items():
-        (root / part).mkdir()
-        (root / part / "config.json").write_text(json.dumps({"_class_name": classes[part][1], "model_type": "clip_text_model", **config}))
-    load_tokenizers(str(root), None)
-    (root / "openai_clip-vit-large-patch14").rename(root / "tokenizer")
-    (root / "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k").rename(root / "tokenizer_2")
-    (root / "scheduler").mkdir()
-    scheduler = {"_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    index = {
-        "_class_name": "StableDiffusionXLPipeline",
-        "_diffusers_version": "0.42.1",
-        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-    }
-    tokenizers = {name: ["transformers", "CLIPTokenizer"] for name in ("tokenizer", "tokenizer_2")}
-    absent = {"feature_extractor": [None, None], "image_encoder": [None, None]}
-    (root / "model_index.json").write_text(json.dumps({**index, **classes, **tokenizers, **absent}))
-    return root
+    return write_diffusers_config(tmp_path_factory.mktemp("configs"), tiny.architecture, "epsilon")
 
 
 @pytest.fixture(scope="module")
