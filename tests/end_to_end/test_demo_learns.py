@@ -72,10 +72,8 @@ def num_recognised(folder: Path, samples: list[tuple[str, Image.Image]]) -> int:
 
 def test_the_demo_learns_its_new_pictures_and_says_what_it_forgot(command, folder: Path) -> None:
     out = command("demo", folder)
-    found = {
-        (what, moment): int(number)
-        for what, moment, number in re.findall(r"^  (new pictures|pictures that the base knew), (before|after): (\d+) of", out, re.MULTILINE)
-    }
+    lines = re.findall(r"^  (new pictures|pictures that the base knew), (before|after): (\d+) of", out, re.MULTILINE)
+    found = {(what, moment): int(number) for what, moment, number in lines}
     assert found["new pictures", "before"] <= 4, "near the chance of 1 in 24"
     assert found["new pictures", "after"] >= 22, "at least 90 %"
     assert found["pictures that the base knew", "before"] >= 18, "at least 90 % of 20 prompts among 200"
@@ -106,9 +104,10 @@ def test_with_zero_terminal_snr_it_learns_too_and_black_is_black(command, folder
     keep_new_prompts(folder)
     Image.new("RGB", (128, 128)).save(folder / "images" / "night.png")
     caption = "black night, sky, no humans, simple background"
-    for name, added in (("metadata.json", {"night": {"caption": caption}}), ("benchmark.json", [{"prompt": caption, "width": 128, "height": 128, "seed": 99}])):
-        content = json.loads((folder / name).read_text("utf-8"))
-        (folder / name).write_text(json.dumps({**content, **added} if isinstance(added, dict) else [*content, *added]), "utf-8")
+    metadata, benchmark = (json.loads((folder / name).read_text("utf-8")) for name in ("metadata.json", "benchmark.json"))
+    (folder / "metadata.json").write_text(json.dumps({**metadata, "night": {"caption": caption}}), "utf-8")
+    black_entry = {"prompt": caption, "width": 128, "height": 128, "seed": 99}
+    (folder / "benchmark.json").write_text(json.dumps([*benchmark, black_entry]), "utf-8")
     model = fine_tuned(command, folder, "zero_terminal_snr=true")
     *pictures, (_, black) = drawn(command, folder, model, "zero_terminal_snr=true")
     assert num_recognised(folder, pictures) >= 20, "at least 80 %"
@@ -127,10 +126,12 @@ def test_diffusers_draws_the_same_pictures_from_the_saved_file(command, folder: 
     config = write_diffusers_config(tmp_path / "config", open_checkpoint(str(model)).architecture, "v_prediction", "DDIMScheduler")
     pipeline = StableDiffusionXLPipeline.from_single_file(str(model), config=str(config), local_files_only=True, torch_dtype=torch.float32)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.tokenizer_2.pad_token = "!"  # as SDXL's own configuration has it
     pipeline.set_progress_bar_config(disable=True)
-    for entry, (prompt, ours) in zip(json.loads((folder / "benchmark.json").read_text("utf-8")), drawn(command, folder, model), strict=True):
+    entries = json.loads((folder / "benchmark.json").read_text("utf-8"))
+    for entry, (prompt, ours) in zip(entries, drawn(command, folder, model), strict=True):
         theirs = pipeline(
-            prompt, height=entry["height"], width=entry["width"], num_inference_steps=20, guidance_scale=5.0, output_type="np",
-            generator=torch.Generator().manual_seed(entry["seed"]),
+            prompt, negative_prompt="", height=entry["height"], width=entry["width"], num_inference_steps=20, guidance_scale=5.0,
+            output_type="np", generator=torch.Generator().manual_seed(entry["seed"]),
         ).images[0]  # fmt: skip
-        assert np.abs(np.asarray(ours) / 255 - theirs).mean() < 0.01, prompt
+        assert np.abs(np.asarray(ours) / 255 - theirs).mean() < 1 / 255, prompt
