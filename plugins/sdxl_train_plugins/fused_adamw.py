@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, overload
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sdxl_train_plugins.masked_step import MaskedStep
 
-class FusedAdamW(torch.optim.Optimizer):
+
+class FusedAdamW(MaskedStep):
     """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) by the kernel that torch.optim.AdamW has for `fused = true`.
 
     What torch's class lacks is a step that is scaled without GradScaler, and one of a single parameter; see
@@ -21,18 +23,14 @@ class FusedAdamW(torch.optim.Optimizer):
         lr: >= 0.
 
     Attributes:
-        grad_scale: gradients are divided by it, in place; None counts as 1. 0-dim float32.
-        found_inf: where it is 1, nothing changes; None counts as 0. 0-dim float32.
+        grad_scale, found_inf: as in `MaskedStep`; gradients are divided in place, and the mask is 0 or 1.
         step_key: not used, since nothing is rounded stochastically.
         state_class: train states name it; the states of both are alike, and those of earlier versions are of that one.
     """
 
     state_class = "sdxl_train_plugins.adamw.StackedAdamW"
 
-    _step_supports_amp_scaling = True
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
-    step_key: bytes = b""
+    _groups: dict[Tensor, dict[str, Any]] | None = None  # made when first needed
 
     def __init__(
         self,
@@ -49,21 +47,9 @@ class FusedAdamW(torch.optim.Optimizer):
         options = {"eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad, "maximize": maximize, "fused": True}
         super().__init__(params, {"lr": lr, "betas": tuple(betas), **options})
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient. `closure` computes the loss anew; it is asked once, before the update."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.begin_step()
+    def _update_all(self) -> None:
         for group in self.param_groups:
             self._update(group, [parameter for parameter in group["params"] if parameter.grad is not None])
-        return loss
 
     @torch.no_grad()
     def begin_step(self) -> None:
@@ -100,8 +86,6 @@ class FusedAdamW(torch.optim.Optimizer):
                 raise ValueError(f"the parameters of a group have made {sorted(counts)} steps; FusedAdamW counts one number a group")
             for state in states:
                 state["step"] = states[0]["step"]
-
-    _groups: dict[Tensor, dict[str, Any]] | None = None  # made when first needed
 
     def _counter(self, group: dict[str, Any]) -> Tensor:
         """The steps of a group, 0-dim float32, which the states of all its parameters share."""

@@ -71,26 +71,30 @@ class AdamW:
         )
 
         @property
-        def of_torch(self) -> dict[str, Any]:
-            """The options that only torch.optim.AdamW has, where they are set. `fused` alone asks for its kernel, not for it."""
+        def by_torch(self) -> dict[str, Any]:
+            """The options that ask for torch's code, where they are set."""
             given = {"foreach": self.foreach, "capturable": self.capturable, "differentiable": self.differentiable, "fused": self.fused}
-            named = {name: value for name, value in given.items() if value is not None and (value or name in ("foreach", "fused"))}
-            return {} if named == {"fused": True} else named
+            return {name: value for name, value in given.items() if value is not None and (value or name in ("foreach", "fused"))}
+
+        @property
+        def of_torch(self) -> dict[str, Any]:
+            """The same where they need torch.optim.AdamW; `fused` alone asks for its kernel only."""
+            return {} if self.by_torch == {"fused": True} else self.by_torch
 
         @model_validator(mode="after")
         def _has_one_way_to_update(self) -> AdamW.Options:
             if self.fused and (self.foreach or self.differentiable):
                 raise ValueError("fused excludes foreach and differentiable; set one of them to true")
-            if (torchs := list(self.of_torch) or ["fused"] * bool(self.fused)) and self.state_dtype is not None:
-                raise ValueError(f"state_dtype excludes {' and '.join(torchs)}: torch's AdamW keeps state as it keeps the weights")
+            if self.by_torch and self.state_dtype is not None:
+                raise ValueError(f"state_dtype excludes {' and '.join(self.by_torch)}: torch's AdamW keeps state as it keeps the weights")
             if self.state_dtype == "bfloat16" and not self.stochastic_rounding:
                 raise ValueError('state_dtype = "bfloat16" needs stochastic_rounding: rounded to nearest, running means come to a halt')
             return self
 
         def problem_with_keys(self, keys: Mapping[str, Any]) -> str | None:
-            if not self.of_torch and not self.fused:
+            if not self.by_torch:
                 return None
-            updated_by = f"optimizer_kwargs.{next(iter(self.of_torch), 'fused')} is set, so torch.optim.AdamW does the update, which"
+            updated_by = f"optimizer_kwargs.{next(iter(self.by_torch))} is set, so torch.optim.AdamW does the update, which"
             if self.of_torch and keys["fused_backward"]:
                 return f"{updated_by} cannot step tensor by tensor; leave it out, or set fused_backward = false"
             if keys["full_bf16"] and self.stochastic_rounding:

@@ -11,11 +11,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sdxl_train_plugins.masked_step import MaskedStep
 from sdxl_train_plugins.shape_stacks import end_to_end, gathered, scatter, split, stacks_of
 from sdxl_train_plugins.stacked_update import State, update_values
 from sdxl_train_plugins.stochastic_rounding import keys_of_step, name_keys
@@ -96,7 +97,7 @@ class _Group:
     coefficients: Any = None
 
 
-class StackedOptimizer(torch.optim.Optimizer):
+class StackedOptimizer(MaskedStep):
     """Base of optimizers that update stacks of equal shapes. A subclass gives the state, the coefficients and the update.
 
     Updates are computed in float32. bfloat16 weights, and state held in bfloat16, are rounded stochastically where the group says
@@ -106,17 +107,11 @@ class StackedOptimizer(torch.optim.Optimizer):
     update (Adafactor's are; CUDA may split the sum of a tensor otherwise than those of a stack, which changes the last bits).
 
     Attributes:
-        grad_scale: gradients are divided by it; None counts as 1. 0-dim float32. torch.amp.GradScaler takes a None only after `unscale_`.
-        found_inf: where it is not 0, nothing changes; None counts as 0. 0-dim float32.
-        step_key: 16 bytes that stand for seed and step; set before each step in which something is rounded stochastically.
+        grad_scale, found_inf, step_key: as in `MaskedStep`.
         max_batch_elements: of the tensors updated together. The memory of an update is some 30 bytes an element. None: 2**24, or on the
             CPU 2**18, which stays in its caches.
     """
 
-    _step_supports_amp_scaling = True
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
-    step_key: bytes = b""
     max_batch_elements: int | None = None
 
     _update_of_piece: Callable[..., Tensor] = staticmethod(update_values)
@@ -163,18 +158,7 @@ class StackedOptimizer(torch.optim.Optimizer):
 
     # ---- Steps ------------------------------------------------------------------------------------------------------------------
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient. `closure` computes the loss anew; it is asked once, before the update."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.begin_step()
+    def _update_all(self) -> None:
         for i, group in enumerate(self._made_groups()):
             for batch in group.batches:
                 pieces = [piece for stack in batch.stacks for piece in _with_gradients(stack)]
@@ -183,7 +167,6 @@ class StackedOptimizer(torch.optim.Optimizer):
                 else:
                     for piece in pieces:
                         self._update(i, batch, [piece])
-        return loss
 
     @torch.no_grad()
     def begin_step(self) -> None:

@@ -15,7 +15,7 @@ from sdxl_train.plugin_keys import PLUGIN_KEYS
 PACKAGE = Path(__file__).parents[2] / "plugins" / "sdxl_train_plugins"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 # What optimizers are made of: torch cannot be imported later where a class derives from one of its own. They are imported when built.
-OF_TORCH = {"adafactor", "adamw", "fused_adamw", "shape_stacks", "stacked_optimizer", "stacked_update", "stochastic_rounding"}
+OF_TORCH = {"adafactor", "adamw", "fused_adamw", "masked_step", "shape_stacks", "stacked_optimizer", "stacked_update", "stochastic_rounding"}
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "tensorboard", "scipy")
 
 
