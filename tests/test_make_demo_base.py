@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sdxl_train import ConfigError
-from sdxl_train.demo_pictures import packaged_captions, prepare_pictures
+from sdxl_train.demo_pictures import benchmark_of, packaged_captions, prepare_pictures
 
 TOOLS = Path(__file__).parents[1] / "tools"
 SHIPPED = Path(str(resources.files("sdxl_train") / "demo_data"))
@@ -97,8 +97,7 @@ def test_a_vae_whose_training_was_interrupted_ends_as_one_that_was_not(part, tmp
 def test_the_configuration_passes_check(part, cli, tmp_path: Path, tiny_base: Path) -> None:
     runs, captions = part("runs"), packaged_captions()
     prepare_pictures(SHIPPED, tmp_path / "pictures", list(captions)[:20], captions)
-    prompts = [runs.Prompt(captions[key], (160, 96), 1) for key in list(captions)[:2]]
-    runs.write_benchmark(tmp_path / "benchmark.json", prompts)
+    runs.write_text(tmp_path / "benchmark.json", benchmark_of((captions[key], (160, 96)) for key in list(captions)[:2]))
     text = runs.configuration(tiny_base, tmp_path / "pictures", tmp_path / "out", tmp_path / "benchmark.json", 123)
     (tmp_path / "base.toml").write_text(text, "utf-8")
     done = cli("check", tmp_path / "base.toml", "--json")

@@ -16,13 +16,13 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from demo_base.runs import NUM_STEPS, Prompt, configuration, draw, train, write_benchmark
+from demo_base.runs import NUM_STEPS, configuration, draw, train, write_text
 from demo_base.untrained import base_architecture, write_untrained_base
 from demo_base.vae import VaeSettings, load_pixels, psnr_db, to_sdxl_scale, train_vae
 from PIL import Image
 
 from sdxl_train.atomic import atomic_file
-from sdxl_train.demo_pictures import NUM_NEW, NUM_UNSEEN, Split, prepare_pictures, read_captions, split_pictures
+from sdxl_train.demo_pictures import NUM_NEW, NUM_UNSEEN, Split, benchmark_of, prepare_pictures, read_captions, split_pictures
 from sdxl_train.errors import SdxlTrainError
 from sdxl_train.testing import retrieval_accuracy
 
@@ -57,7 +57,8 @@ def make_base(source: Path, work: Path, split: Split, captions: Mapping[str, str
         say(f"vae: {psnr_db(vae, unseen):.1f} dB on {len(unseen)} unseen pictures")
         write_untrained_base(untrained, vae, [captions[key] for key in split.base])
     output, benchmark = work / "base_training", work / "base.json"
-    write_benchmark(benchmark, _prompts(_measured(split), work / "pictures" / "base", captions))
+    sizes = {key: Image.open(work / "pictures" / "base" / f"{key}.png").size for key in _measured(split)}
+    write_text(benchmark, benchmark_of((captions[key], size) for key, size in sizes.items()))
     text = configuration(untrained, work / "pictures" / "base", output, benchmark, options.steps)
     trained = train(work / "base.toml", text, output, options.steps, say)
     with atomic_file(work / "base.safetensors") as temporary:
@@ -74,16 +75,11 @@ def measure(work: Path, base: Path, split: Split, captions: Mapping[str, str], s
     samples = [(captions[key], Image.open(path)) for key, path in zip(_measured(split), paths, strict=True)]
     found = retrieval_accuracy(samples, references)
     say(f"base: {found}")
-    with atomic_file(work / "retrieval.json") as temporary:
-        temporary.write_text(json.dumps({"accuracy": found.accuracy, "chance": found.chance}) + "\n", "utf-8")
+    write_text(work / "retrieval.json", json.dumps({"accuracy": found.accuracy, "chance": found.chance}) + "\n")
 
 
 def _measured(split: Split) -> Sequence[str]:
     return split.base[:: max(1, len(split.base) // NUM_MEASURED)]
-
-
-def _prompts(keys: Sequence[str], folder: Path, captions: Mapping[str, str]) -> list[Prompt]:
-    return [Prompt(captions[key], Image.open(folder / f"{key}.png").size, seed) for seed, key in enumerate(keys, start=1)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Template
 
 from sdxl_train.atomic import atomic_file
-from sdxl_train.demo_pictures import Split, canvas_of, on_canvas, packaged_captions, packaged_picture, split_pictures
+from sdxl_train.demo_pictures import Split, benchmark_of, canvas_of, on_canvas, packaged_captions, packaged_picture, split_pictures
 from sdxl_train.errors import ConfigError
 from sdxl_train.toml_text import toml_value
 
@@ -146,11 +146,7 @@ def _configuration(directory: Path) -> str:
 def _benchmark(split: Split, captions: dict[str, str]) -> str:
     """All new pictures, and some of the base's, each in the size in which it is trained."""
     prompts = [*split.new, *split.base[:: len(split.base) // NUM_OLD_PROMPTS]]
-    entries: list[str] = []
-    for seed, key in enumerate(prompts, start=1):
-        width, height = canvas_of(packaged_picture(key).size)
-        entries.append(json.dumps({"prompt": captions[key], "width": width, "height": height, "seed": seed}))
-    return "[\n  " + ",\n  ".join(entries) + "\n]\n"
+    return benchmark_of((captions[key], canvas_of(packaged_picture(key).size)) for key in prompts)
 
 
 def _lines(metadata: dict[str, dict[str, str]]) -> str:

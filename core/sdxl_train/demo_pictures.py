@@ -123,6 +123,15 @@ def on_canvas(picture: Image) -> Image:
     return white.convert("RGB")
 
 
+def benchmark_of(pictures: Iterable[tuple[str, tuple[int, int]]]) -> str:
+    """The text of a benchmark that draws each caption once, in the size (w, h) in px, with seeds from 1."""
+    entries = [
+        json.dumps({"prompt": caption, "width": width, "height": height, "seed": seed})
+        for seed, (caption, (width, height)) in enumerate(pictures, start=1)
+    ]
+    return "[\n  " + ",\n  ".join(entries) + "\n]\n"
+
+
 def prepare_pictures(source: Path, folder: Path, keys: Iterable[str], captions: Mapping[str, str]) -> None:
     """Write `folder`/KEY.png and KEY.txt for each key; what is there already is kept.
 

@@ -33,11 +33,12 @@ def say_what_was_made(directory: Path, output_dir: str, samples: Sequence[Sample
     models = sorted((made / "models").glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
     losses = _losses(made)
     rounds = _first_and_last_round(made) if samples else None
+    new, old = _references(directory) if rounds else ({}, {})
     print("\nThe demo is done. What it made:")
     if models:
         print(f"  model             {models[-1]}")
     if rounds:
-        print(f"  before and after  {_write_sheet(directory, rounds, samples, losses)}")
+        print(f"  before and after  {_write_sheet(directory / SHEET, new, rounds, samples, losses)}")
     if (pages := made / "samples" / SHEETS_FOLDER / INDEX_NAME).exists():
         print(f"  samples over time {pages}")
     if losses:
@@ -46,7 +47,7 @@ def say_what_was_made(directory: Path, output_dir: str, samples: Sequence[Sample
     print(f'  curves            {made / "logs"} (tensorboard --logdir "{made / "logs"}")')
     if rounds:
         print("What it learned: a drawn picture is recognised if the picture of its own prompt is the nearest one of all, in 16x16 px.")
-        for name, references in _references(directory).items():
+        for name, references in (("new pictures", new), ("pictures that the base knew", old)):
             for line in _measured(name, references, rounds, samples):
                 print(f"  {line}")
     print("What the base knew fades while it trains on nothing else; a lower rate, fewer steps or old pictures among the new keep more.")
@@ -77,13 +78,13 @@ def _newest(folder: Path, i: int) -> Image | None:
     return Image.open(paths[-1]) if paths else None
 
 
-def _references(directory: Path) -> dict[str, dict[str, Image]]:
+def _references(directory: Path) -> tuple[dict[str, Image], dict[str, Image]]:
     """By caption: the demo's own pictures that are still in its folder, and those that the base was trained on."""
     captions = packaged_captions()
     split = split_pictures(captions)
     new = [key for key in split.new if (directory / "images" / f"{key}.png").exists()]
-    parts = {"new pictures": new, "pictures that the base knew": split.base}
-    return {name: {captions[key]: on_canvas(packaged_picture(key)) for key in keys} for name, keys in parts.items()}
+    of_new, of_base = ({captions[key]: on_canvas(packaged_picture(key)) for key in keys} for keys in (new, split.base))
+    return of_new, of_base
 
 
 def _measured(name: str, references: dict[str, Image], rounds: tuple[Path, Path], samples: Sequence[SampleEntry]) -> list[str]:
@@ -96,13 +97,14 @@ def _measured(name: str, references: dict[str, Image], rounds: tuple[Path, Path]
     return lines
 
 
-def _write_sheet(directory: Path, rounds: tuple[Path, Path], samples: Sequence[SampleEntry], losses: Sequence[float]) -> Path:
+def _write_sheet(
+    path: Path, new: dict[str, Image], rounds: tuple[Path, Path], samples: Sequence[SampleEntry], losses: Sequence[float]
+) -> Path:
     """Rows of (picture, drawn by the base, drawn by the fine-tune) of the new pictures, in two halves beside each other, and the losses."""
     from PIL import Image
 
     from sdxl_train.sample_files import comparison_sheet
 
-    new = _references(directory)["new pictures"]
     rows = [
         (entry.prompt.split(", no humans")[0], [new[entry.prompt], *(_newest(folder, i) for folder in rounds)])
         for i, entry in enumerate(samples)
@@ -118,9 +120,9 @@ def _write_sheet(directory: Path, rounds: tuple[Path, Path], samples: Sequence[S
     for part in parts:
         sheet.paste(part, (left, curve.height))
         left += part.width
-    with atomic_file(directory / SHEET) as temporary:
+    with atomic_file(path) as temporary:
         sheet.save(temporary, format="PNG")
-    return directory / SHEET
+    return path
 
 
 def loss_curve(losses: Sequence[float], size: tuple[int, int]) -> Image:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from string import Template
 from types import FrameType
@@ -74,25 +72,10 @@ betas = [0.9, 0.99]
 NUM_STEPS = 4000  # of 16 pictures; 13 are an epoch of the 200
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A picture to draw: its caption, the size (w, h) in px of the one it was trained with, and the seed of its noise."""
-
-    text: str
-    size: tuple[int, int]
-    seed: int
-
-
 def configuration(base: Path, images: Path, output: Path, benchmark: Path, num_steps: int) -> str:
     """The TOML file of the base's training; the tokenizers are put beside `output`."""
     paths = {"base": base, "images": images, "output": output, "tokenizers": output.parent / "tokenizers", "benchmark": benchmark}
     return TOML.substitute({name: toml_value(str(path)) for name, path in paths.items()}, num_steps=num_steps)
-
-
-def write_benchmark(path: Path, prompts: Sequence[Prompt]) -> None:
-    """Write what `sdxl-train sample` is to draw."""
-    entries = [{"prompt": one.text, "width": one.size[0], "height": one.size[1], "seed": one.seed} for one in prompts]
-    _write(path, json.dumps(entries, indent=1) + "\n")
 
 
 def train(config: Path, text: str, output: Path, num_steps: int, say: Callable[[str], None]) -> Path:
@@ -104,7 +87,7 @@ def train(config: Path, text: str, output: Path, num_steps: int, say: Callable[[
         SystemExit: the training ended otherwise, with its exit code.
     """
     last = f"demo_ep*_step{num_steps}.safetensors"
-    _write(config, text)
+    write_text(config, text)
     if not list((output / "models").glob(last)):
         sdxl_train(say, str(config))
     return next((output / "models").glob(last))
@@ -147,6 +130,7 @@ def sdxl_train(say: Callable[[str], None], *arguments: str) -> str:
     return printed
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file of UTF-8, whole or not at all."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, "utf-8")

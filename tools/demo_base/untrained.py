@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 # The vocabulary of 49,408 makes up nearly all of the text encoders: 0.1 MB a unit of width. With these all is below 32 MB in fp16.
-UNET_CHANNELS = (64, 96, 160)
-TRANSFORMER_LAYERS = (0, 0, 1)
-VAE_CHANNELS = (16, 32, 48, 64)
 TE_WIDTHS = (16, 64)
-TE_LAYERS = (2, 2)
+SIZES: dict[str, Any] = {
+    "unet_channels": (64, 96, 160),
+    "transformer_layers": (0, 0, 1),
+    "vae_channels": (16, 32, 48, 64),
+    "te_widths": TE_WIDTHS,
+    "te_layers": (2, 2),
+}
 POOLED_SCALE = 25.0  # so much, that the 1,536 numbers of the size embedding do not drown the text
 
 # The ends of residual branches. At 0 each branch starts as the identity, which trains faster, as in the models of Dhariwal & Nichol 2021
@@ -33,13 +36,7 @@ _ENDS_OF_BRANCHES = ("out_layers.3.weight", "out_layers.3.bias", "proj_out.weigh
 
 def base_architecture() -> Architecture:
     """The sizes of all four networks."""
-    return tiny_architecture(
-        unet_channels=UNET_CHANNELS,
-        transformer_layers=TRANSFORMER_LAYERS,
-        vae_channels=VAE_CHANNELS,
-        te_widths=TE_WIDTHS,
-        te_layers=TE_LAYERS,
-    )
+    return tiny_architecture(**SIZES)
 
 
 def write_untrained_base(path: Path, vae: AutoencoderKL, captions: Sequence[str]) -> None:
@@ -61,15 +58,7 @@ def write_untrained_base(path: Path, vae: AutoencoderKL, captions: Sequence[str]
                 return torch.zeros_like(drawn) if entry.name.endswith(_ENDS_OF_BRANCHES) else drawn
             return projection if entry.name.endswith("text_projection") else _text_weights(entry.name, drawn)
 
-        write_tiny_sdxl(
-            target,
-            unet_channels=UNET_CHANNELS,
-            transformer_layers=TRANSFORMER_LAYERS,
-            vae_channels=VAE_CHANNELS,
-            te_widths=TE_WIDTHS,
-            te_layers=TE_LAYERS,
-            change=weights,
-        )
+        write_tiny_sdxl(target, **SIZES, change=weights)
 
     plain = path.with_name(f"{path.stem}-plain.safetensors")
     write(plain, torch.eye(TE_WIDTHS[1]))
